@@ -1,0 +1,1 @@
+"""Speaks libvirt: connection, domain XML, machine states, reaping. The only place that imports libvirt."""

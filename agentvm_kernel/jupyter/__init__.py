@@ -1,0 +1,1 @@
+"""Speaks Jupyter: sockets, proxy, kernel process. Imports sandbox; never libvirt."""

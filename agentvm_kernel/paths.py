@@ -1,0 +1,35 @@
+"""Where agentvm keeps its files. Standard library only: the kernel process imports it.
+
+Root with the system libvirt uses the system's folders, everybody else the XDG base directories
+(https://specifications.freedesktop.org/basedir-spec/latest/). AGENTVM_CACHE_DIR, AGENTVM_STATE_DIR and AGENTVM_RUN_DIR win over both.
+"""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Things that can be rebuilt: guest images, downloads."""
+    return _folder("AGENTVM_CACHE_DIR", "/var/cache/agentvm", "XDG_CACHE_HOME", "~/.cache")
+
+
+def state_dir() -> Path:
+    """Things that must not be lost: machines, snapshots."""
+    return _folder("AGENTVM_STATE_DIR", "/var/lib/agentvm", "XDG_STATE_HOME", "~/.local/state")
+
+
+def run_dir() -> Path:
+    """Sockets and locks; a short path, since a Unix socket's is limited to 107 bytes."""
+    return _folder("AGENTVM_RUN_DIR", "/run/agentvm", "XDG_RUNTIME_DIR", "~/.local/state/agentvm-run")
+
+
+def _folder(variable: str, system: str, xdg: str, fallback: str) -> Path:
+    if value := os.environ.get(variable):
+        path = Path(value)
+    elif os.geteuid() == 0:
+        path = Path(system)
+    else:
+        path = Path(os.environ.get(xdg) or Path(fallback).expanduser()) / "agentvm"
+    # Root's QEMU runs as another user, which must be able to pass through to its own files.
+    path.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
+    return path

@@ -1,0 +1,1 @@
+"""Bytes between host and guest over vsock or virtio-serial. Moves messages; never looks into them."""
