@@ -1,0 +1,45 @@
+"""What the kernel process needs of a machine, as protocols, so that it knows neither libvirt nor how machines are made.
+
+Imports nothing heavy.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from agentvm_kernel.transport.connection import GuestConnection
+
+OnProgress = Callable[[str], None]
+
+
+class Lease(Protocol):
+    """A machine of ours, connected, its identity renewed and its Python kernel answering."""
+
+    @property
+    def connection(self) -> GuestConnection:
+        """The connection to its runtime."""
+
+    @property
+    def lost(self) -> "asyncio.Future[str]":
+        """Resolves with what happened when the machine or the connection to it is gone."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: which machine this is."""
+
+    async def release(self) -> None:
+        """Give the machine back without waiting for its end."""
+
+
+class Backend(Protocol):
+    """Where machines come from."""
+
+    async def acquire(self, on_progress: OnProgress) -> Lease:
+        """Lease a machine.
+
+        Args:
+            on_progress: told each stage in a few words, from any thread.
+
+        Raises:
+            AgentVMError: there is none to be had; the message says why and what to do.
+        """

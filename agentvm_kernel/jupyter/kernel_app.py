@@ -1,0 +1,272 @@
+"""The life of one kernel process: sockets first, then a machine, then forwarding until a client or a signal ends it.
+
+    bind sockets ─► answer kernel_info and friends at once
+         └► lease a machine ─► forward ─► machine lost ─► next request leases a fresh one
+                                      └► guest's Python ended ─► tell, exit (the client restarts or reports a dead
+                                      kernel)
+
+Imports nothing heavy: this is on the path of every kernel start.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agentvm_kernel.errors import AgentVMError, MachineError, MachineLost
+from agentvm_kernel.jupyter import connection_file
+from agentvm_kernel.jupyter.backend import Backend, Lease
+from agentvm_kernel.jupyter.proxy import Proxy
+from agentvm_kernel.jupyter.sockets import ClientSockets
+from agentvm_kernel.jupyter.wire import Session
+from agentvm_kernel.log import get_logger
+
+log = get_logger(__name__)
+
+EXIT_GUEST_ENDED = 1
+EXIT_UNUSABLE = 2
+EXIT_PARENT_GONE = 3
+INTERRUPT_TIMEOUT_S = 5.0
+# A machine from the pool is there before anyone would read a message; a cold boot deserves one.
+PROGRESS_AFTER_S = 2.0
+# The last output of a kernel that died may still be on its way.
+LAST_OUTPUT_S = 0.2
+# Clients wait 2.5 s for a kernel to end before they send signals.
+RELEASE_TIMEOUT_S = 1.5
+
+
+def parse_arguments(arguments: Sequence[str]) -> Path | None:
+    """Return the connection file that the client named, or None.
+
+    Clients append arguments meant for ipykernel (`--HistoryManager.hist_file=…`); all but the connection file are
+    ignored.
+    """
+    names = ("-f", "--f", "--connection-file", "--connection_file", "--IPKernelApp.connection_file")
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            if not equals:
+                value = arguments[number + 1] if number + 1 < len(arguments) else ""
+            return connection_file.resolve(value) if value else None
+        if argument.startswith("-f"):
+            return connection_file.resolve(argument[2:])
+    return None
+
+
+class KernelApp:
+    """One kernel process.
+
+    Args:
+        sockets: bound to what the connection file says.
+        session: signs with the connection file's key.
+        backend: where machines come from.
+    """
+
+    def __init__(self, sockets: ClientSockets, session: Session, backend: Backend) -> None:
+        self._sockets = sockets
+        self._backend = backend
+        self._proxy = Proxy(session, sockets, self)
+        self._loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[int] = self._loop.create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lease: Lease | None = None
+        self._acquiring: asyncio.Task[None] | None = None
+        self._stage = ""
+        self._slow = False
+
+    async def run(self) -> int:
+        """Serve until a client, a signal or the guest's end says otherwise; return the exit code."""
+        self._loop.add_signal_handler(signal.SIGINT, self._on_sigint)
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            self._loop.add_signal_handler(signum, self._end, 0)
+        self._watch_parent()
+        self._sockets.start(self._proxy.on_client_message, self._proxy.on_subscribe)
+        self._proxy.publish_starting()
+        self.machine_wanted()
+        code = await self._exit
+        for task in self._tasks:
+            task.cancel()
+        if self._lease is not None:
+            await asyncio.wait([asyncio.ensure_future(self._lease.release())], timeout=RELEASE_TIMEOUT_S)
+        return code
+
+    @property
+    def is_acquiring(self) -> bool:
+        """Whether a machine is still being made, by threads that cannot be stopped."""
+        return self._acquiring is not None
+
+    # ---- what the proxy asks for
+
+    def machine_wanted(self) -> None:
+        """Lease a machine unless that is already under way."""
+        if self._acquiring is None and self._lease is None:
+            self._acquiring = self._spawn(self._acquire())
+        self._show_stage()
+
+    def interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
+        """Send SIGINT to the guest's kernel, then call `done` with the content of the reply."""
+        self._spawn(self._interrupt(done))
+
+    def shutdown(self) -> None:
+        """End this process; the machine is given back on the way out."""
+        self._end(0)
+
+    # ---- the machine
+
+    async def _acquire(self) -> None:
+        slow_start = self._loop.call_later(PROGRESS_AFTER_S, self._on_slow_start)
+        try:
+            lease = await self._backend.acquire(self._on_progress)
+        except AgentVMError as error:
+            self._proxy.detach(error)
+        except Exception as error:
+            log.error("no machine", exc_info=True)
+            self._proxy.detach(MachineError(f"No machine could be had: {type(error).__name__}: {error}"))
+        else:
+            self._lease = lease
+            lease.lost.add_done_callback(lambda lost: self._on_lost(lease, lost.result()))
+            lease.connection.on_notification = self._on_notification
+            self._proxy.attach(lease.connection)
+        finally:
+            slow_start.cancel()
+            self._slow = False
+            self._acquiring = None
+
+    def _on_progress(self, text: str) -> None:
+        # Machines are made in threads, and it is those that report.
+        self._loop.call_soon_threadsafe(self._set_stage, text)
+
+    def _set_stage(self, text: str) -> None:
+        self._stage = text
+        self._show_stage()
+
+    def _on_slow_start(self) -> None:
+        self._slow = True
+        self._show_stage()
+
+    def _show_stage(self) -> None:
+        if self._slow and self._stage:
+            self._proxy.show_progress(f"agentvm: {self._stage}…")
+
+    def _on_lost(self, lease: Lease, reason: str) -> None:
+        if self._lease is not lease or self._exit.done():
+            return
+        self._lease = None
+        self._spawn(lease.release())
+        self._proxy.detach(
+            MachineLost(
+                f"The machine is gone: {reason}.", hint="Its variables are lost; the next cell runs in a fresh machine."
+            ),
+            notice=f"agentvm: {reason}. This cell runs in a fresh machine, the variables of the lost one are gone.",
+        )
+
+    def _on_notification(self, method: str, params: dict[str, Any]) -> None:
+        if method == "kernel.died" and not params.get("restarting"):
+            self._loop.call_later(LAST_OUTPUT_S, self._on_guest_ended, params)
+
+    def _on_guest_ended(self, params: dict[str, Any]) -> None:
+        """The user's code ended the Python process: so does this one, which is how clients learn that a kernel died."""
+        if not self._exit.done():
+            self._proxy.tell_running(f"agentvm: the Python process in the machine {_ending(params)}.")
+            self._end(EXIT_GUEST_ENDED)
+
+    async def _interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
+        content: dict[str, Any] = {"status": "ok"}
+        if self._lease is not None:
+            try:
+                await self._lease.connection.call("kernel.interrupt", timeout_s=INTERRUPT_TIMEOUT_S)
+            except AgentVMError as error:
+                content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
+        done(content)
+
+    # ---- the process
+
+    def _on_sigint(self) -> None:
+        self._proxy.interrupt_held()
+        self.interrupt(lambda _: None)
+
+    def _watch_parent(self) -> None:
+        """End with the client that started this process, as ipykernel does: no machine is left without its notebook."""
+        parent = int(os.environ.get("JPY_PARENT_PID") or 0)
+        if parent > 1 and parent == os.getppid():
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(parent)
+                self._loop.add_reader(descriptor, self._end, EXIT_PARENT_GONE)
+
+    def _end(self, code: int) -> None:
+        if not self._exit.done():
+            self._exit.set_result(code)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _ending(params: dict[str, Any]) -> str:
+    number = params.get("signal")
+    if type(number) is not int or number <= 0:
+        return f"ended with exit code {str(params.get('exit_code'))[:20]}"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return f"was killed by {name}" + (", as happens when memory runs out" if name == "SIGKILL" else "")
+
+
+def _default_backend() -> Backend:
+    from agentvm_kernel.jupyter import local_runtime
+
+    if os.environ.get(local_runtime.VARIABLE) == "1":
+        return local_runtime.LocalBackend()
+    from agentvm_kernel.jupyter.machine_backend import MachineBackend
+
+    return MachineBackend()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a kernel; return the exit code of the process."""
+    named = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    path = named or connection_file.runtime_dir() / f"kernel-{os.getpid()}.json"
+    is_ours = not path.exists()
+    try:
+        info = connection_file.new_info() if is_ours else connection_file.load(path)
+        session = Session(info.key.encode(), info.signature_scheme)
+        sockets = ClientSockets(info)
+    except AgentVMError as error:
+        print(f"agentvm: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    try:
+        if sockets.info != info or is_ours:
+            connection_file.save(path, sockets.info)
+        if named is None:
+            print(
+                f"To connect a client: jupyter console --existing {path.name}\nTo end the kernel: Ctrl-\\", flush=True
+            )
+        return _serve(sockets, session)
+    finally:
+        if is_ours:
+            path.unlink(missing_ok=True)
+
+
+def _serve(sockets: ClientSockets, session: Session) -> int:
+    async def serve() -> tuple[int, bool]:
+        app = KernelApp(sockets, session, _default_backend())
+        return await app.run(), app.is_acquiring
+
+    loop = asyncio.new_event_loop()
+    code, is_acquiring = loop.run_until_complete(serve())
+    sockets.close()
+    if is_acquiring:
+        # Python would wait for the threads that boot a machine. The reaper finds that machine by this process being
+        # gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    loop.close()
+    return code

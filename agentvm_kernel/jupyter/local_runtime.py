@@ -1,0 +1,83 @@
+"""The guest runtime as ordinary processes of this host, behind a Unix socket, instead of a machine.
+
+For benchmarks (what does the path cost without emulation?) and for tests of the proxy. It isolates nothing and is
+never offered to users: only AGENTVM_LOCAL_RUNTIME=1 chooses it. Imports nothing heavy.
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from agentvm_kernel.errors import AgentVMError, BootError
+from agentvm_kernel.jupyter.backend import OnProgress
+from agentvm_kernel.transport.address import UnixAddress
+from agentvm_kernel.transport.connection import GuestConnection, open_connection
+
+VARIABLE = "AGENTVM_LOCAL_RUNTIME"
+_START_TIMEOUT_S = 60.0
+
+
+class LocalLease:
+    """A runtime process of ours with the connection to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path, connection: GuestConnection) -> None:
+        self.connection = connection
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._process = process
+        self._folder = folder
+        connection.closed.add_done_callback(self._on_closed)
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return f"a local process (pid {self._process.pid}), without any isolation"
+
+    def _on_closed(self, closed: "asyncio.Future[str]") -> None:
+        if not self.lost.done():
+            self.lost.set_result(f"the connection to the local runtime ended: {closed.result()}")
+
+    async def release(self) -> None:
+        """End the runtime and its kernel."""
+        await self.connection.close()
+        await _end(self._process, self._folder)
+
+
+class LocalBackend:
+    """Starts a runtime process for every lease."""
+
+    async def acquire(self, on_progress: OnProgress) -> LocalLease:
+        """Start `python -m guest_runtime.local` and connect to it. Raises BootError."""
+        on_progress("Starting the runtime as a local process")
+        folder = Path(tempfile.mkdtemp(prefix="agentvm-local-"))
+        secret = secrets.token_bytes(32)
+        (folder / "secret").write_bytes(secret)
+        environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "guest_runtime.local"),
+            *("--socket", str(folder / "runtime.sock"), "--secret-file", str(folder / "secret")),
+            stdin=asyncio.subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            address = UnixAddress(folder / "runtime.sock")
+            connection = await open_connection(address, secret, timeout_s=_START_TIMEOUT_S)
+            await connection.call("kernel.wait", timeout_s=_START_TIMEOUT_S)
+        except BaseException as error:
+            await _end(process, folder)
+            if isinstance(error, AgentVMError):
+                raise BootError(f"The local runtime did not come up: {error.message}", hint=error.hint) from error
+            raise
+        return LocalLease(process, folder, connection)
+
+
+async def _end(process: asyncio.subprocess.Process, folder: Path) -> None:
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

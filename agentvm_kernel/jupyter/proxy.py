@@ -1,0 +1,380 @@
+"""Forwards Jupyter messages between clients and the guest's ipykernel, and answers what the host can answer itself.
+
+Client to guest: signatures are checked, the request goes into the table, its parts travel on without identities and
+signature. Guest to client: every message is parsed, checked against the table and its type's shape, and rebuilt with
+the host's own header, the parent header from the table and a signature. Whatever does not fit is dropped and counted.
+Requests that come while there is no machine wait and are forwarded in order. Purely synchronous; called by the event
+loop only.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from agentvm_kernel.errors import AgentVMError, ConnectionClosed
+from agentvm_kernel.jupyter import guest_messages
+from agentvm_kernel.jupyter.connection_file import ConnectionInfo
+from agentvm_kernel.jupyter.kernel_info import kernel_info
+from agentvm_kernel.jupyter.requests import Progress, Request, RequestTable
+from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError
+from agentvm_kernel.log import get_logger
+from agentvm_kernel.transport.connection import GuestConnection
+from guest_runtime.wire import Channel
+
+log = get_logger(__name__)
+
+SHELL_TYPES = frozenset(
+    {
+        "execute_request",
+        "complete_request",
+        "inspect_request",
+        "history_request",
+        "is_complete_request",
+        "comm_info_request",
+    }
+)
+COMM_TYPES = frozenset({"comm_open", "comm_msg", "comm_close"})
+CONTROL_TYPES = frozenset(
+    {"debug_request", "usage_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"}
+)
+FORWARDED = {"shell": SHELL_TYPES | COMM_TYPES, "control": SHELL_TYPES | CONTROL_TYPES}
+GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
+
+
+class Outlet(Protocol):
+    """Where messages to clients go; `sockets.ClientSockets` is one."""
+
+    info: ConnectionInfo
+
+    def send(self, channel: str, frames: Sequence[Buffer]) -> None:
+        """Send on shell, control or stdin."""
+
+    def publish(self, frames: Sequence[Buffer]) -> None:
+        """Send to all iopub subscribers."""
+
+
+class Owner(Protocol):
+    """Whoever has the machine: what the proxy cannot do by itself."""
+
+    def machine_wanted(self) -> None:
+        """A request waits for a machine."""
+
+    def interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
+        """Interrupt what runs in the guest, then call `done` with the content of the reply."""
+
+    def shutdown(self) -> None:
+        """A client asked the kernel to end and has its reply."""
+
+
+class Proxy:
+    """The state of all conversations between the clients and one guest after another.
+
+    Attributes:
+        dropped: how many messages were dropped, by reason.
+    """
+
+    def __init__(self, session: Session, outlet: Outlet, owner: Owner) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._session = session
+        self._outlet = outlet
+        self._owner = owner
+        self._requests = RequestTable()
+        self._connection: GuestConnection | None = None
+        self._held: deque[tuple[Request, list[Buffer]]] = deque()
+        self._notice = ""
+        self._shown: tuple[Request, str] | None = None
+        # The cells that have asked for input and have no answer yet.
+        self._asking: list[Request] = []
+        self._on_host: dict[str, Callable[[ClientMessage, Request], None]] = {
+            "kernel_info_request": self._kernel_info,
+            "connect_request": self._connect,
+            "interrupt_request": self._interrupt,
+            "shutdown_request": self._shutdown,
+        }
+
+    # ---- the machine comes and goes
+
+    def attach(self, connection: GuestConnection) -> None:
+        """Forward to this guest from now on, first of all what was held."""
+        self._connection = connection
+        connection.on_message[Channel.IOPUB] = self._on_guest_iopub
+        connection.on_message[Channel.SHELL] = lambda parts: self._on_guest_reply("shell", parts)
+        connection.on_message[Channel.CONTROL] = lambda parts: self._on_guest_reply("control", parts)
+        connection.on_message[Channel.STDIN] = self._on_guest_stdin
+        if self._shown is not None:
+            self._publish("clear_output", {"wait": False}, self._shown[0])
+            self._shown = None
+        while self._held:
+            self._forward(connection, *self._held.popleft())
+
+    def detach(self, error: AgentVMError, *, notice: str = "") -> None:
+        """There is no guest (any more): answer whatever is unanswered with `error`.
+
+        Args:
+            error: what happened and what to do, for people.
+            notice: shown on the standard error of the next cell that runs.
+        """
+        if self._connection is not None:
+            self._connection.on_message.clear()
+            self._connection = None
+        self._notice = notice
+        self._held.clear()
+        self._shown = None
+        self._asking.clear()
+        for request in self._requests.clear():
+            self._fail(request, error)
+
+    def show_progress(self, text: str) -> None:
+        """Tell the first cell that waits for a machine what it is waiting for; removed again when the cell starts."""
+        request = next((request for request, _ in self._held if request.code is not None and not request.silent), None)
+        if request is not None and self._shown != (request, text):
+            self._shown = (request, text)
+            self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
+
+    def tell_running(self, text: str) -> None:
+        """Write a line to the standard error of every cell that is running."""
+        for request in self._requests.running():
+            self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
+
+    # ---- from clients
+
+    def on_client_message(self, channel: str, frames: list[bytes]) -> None:
+        """Take one message from the shell, control or stdin socket."""
+        try:
+            message = self._session.deserialize(frames)
+            if channel == "stdin":
+                self._client_input(message)
+            else:
+                self._client_request(channel, message)
+        except WireError as error:
+            self._drop(f"client {channel}", str(error))
+
+    def on_subscribe(self, topic: bytes) -> None:
+        """Welcome a client that subscribed to iopub (JEP 65)."""
+        content = {"subscription": topic.decode("utf-8", "replace")}
+        frames = self._session.serialize(self._session.header("iopub_welcome"), EMPTY, {}, content)
+        self._outlet.publish([topic, *frames] if topic else frames)
+
+    def publish_starting(self) -> None:
+        """Say on iopub that the kernel starts."""
+        self._publish("status", {"execution_state": "starting"}, None)
+
+    def _client_request(self, channel: str, message: ClientMessage) -> None:
+        request = Request(
+            msg_id=message.msg_id,
+            msg_type=message.msg_type,
+            channel=channel,
+            identities=message.identities,
+            header=message.parts[0],
+        )
+        if (answer := self._on_host.get(request.msg_type)) is not None:
+            self._set_status(request, Progress.BUSY)
+            answer(message, request)
+            return
+        if request.msg_type not in FORWARDED[channel]:
+            self._drop(f"client {channel}", f"unknown message type {request.msg_type!r}")
+            self._set_status(request, Progress.BUSY)
+            self._set_status(request, Progress.IDLE)
+            return
+        if request.msg_type == "execute_request":
+            content = message.content()
+            request.code = str(content.get("code", ""))
+            request.silent = bool(content.get("silent", False))
+            request.allow_stdin = bool(content.get("allow_stdin", False))
+        self._requests.add(request)
+        if self._connection is not None:
+            self._forward(self._connection, request, message.parts)
+            return
+        if not self._held:
+            self._set_status(request, Progress.BUSY)
+        self._held.append((request, message.parts))
+        self._owner.machine_wanted()
+
+    def _forward(self, connection: GuestConnection, request: Request, parts: list[Buffer]) -> None:
+        if self._notice and request.code is not None and not request.silent:
+            self._set_status(request, Progress.BUSY)
+            self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
+            self._notice = ""
+        try:
+            connection.send(GUEST_CHANNELS[request.channel], parts)
+        except ConnectionClosed:
+            # The owner is about to hear of it and detaches, which answers this request with the rest.
+            return
+        except ValueError as error:
+            self._fail(request, WireError(f"The request cannot be passed to the machine: {error}."))
+
+    def _client_input(self, message: ClientMessage) -> None:
+        # jupyter_client sends input_reply without a parent header: the client's identity says which question it
+        # answers.
+        asking = next((request for request in self._asking if request.identities == message.identities), None)
+        if message.msg_type != "input_reply" or asking is None or self._connection is None:
+            self._drop("client stdin", f"{message.msg_type!r} that was not asked for")
+            return
+        self._asking.remove(asking)
+        with suppress(ConnectionClosed):
+            self._connection.send(Channel.STDIN, message.parts)
+
+    # ---- answered by the host
+
+    def _kernel_info(self, message: ClientMessage, request: Request) -> None:
+        ready = self._connection.ready if self._connection is not None else {}
+        self._answer(request, kernel_info(str(ready.get("python", "")), str(ready.get("ipython", ""))))
+
+    def _connect(self, message: ClientMessage, request: Request) -> None:
+        self._answer(request, {"status": "ok", **self._outlet.info.ports()})
+
+    def _interrupt(self, message: ClientMessage, request: Request) -> None:
+        self.interrupt_held()
+        self._owner.interrupt(lambda content: self._answer(request, content))
+
+    def interrupt_held(self) -> None:
+        """End cells that wait for a machine: the first as interrupted, the others aborted, like ipykernel's queue."""
+        waiting = [request for request, _ in self._held if request.code is not None]
+        self._held = deque(item for item in self._held if item[0].code is None)
+        for number, request in enumerate(waiting):
+            if number == 0:
+                self._fail(request, AgentVMError("The cell was interrupted before it ran."), ename="KeyboardInterrupt")
+            else:
+                self._answer(request, {"status": "aborted"})
+
+    def _shutdown(self, message: ClientMessage, request: Request) -> None:
+        content = {"status": "ok", "restart": message.content().get("restart") is True}
+        self._answer(request, content)
+        self._publish("shutdown_reply", content, request)
+        self._owner.shutdown()
+
+    def _answer(self, request: Request, content: dict[str, Any]) -> None:
+        if request.reply_type is not None:
+            self._reply(request, request.reply_type, {}, content)
+        self._set_status(request, Progress.IDLE)
+
+    def _fail(self, request: Request, error: AgentVMError, *, ename: str = "") -> None:
+        """Answer a request that the guest will not answer."""
+        ename = ename or type(error).__name__
+        content = {"ename": ename, "evalue": str(error), "traceback": []}
+        self._set_status(request, Progress.BUSY)
+        if request.code is not None:
+            content["traceback"] = [f"\x1b[0;31m{ename}\x1b[0m: {error}"]
+            if not request.silent:
+                self._publish("error", content, request)
+        self._answer(request, {"status": "error", **content})
+
+    # ---- from the guest
+
+    def _on_guest_iopub(self, parts: list[bytes]) -> None:
+        try:
+            message = guest_messages.parse(parts, guest_messages.IOPUB_CHECKS)
+        except WireError as error:
+            self._drop("guest iopub", str(error))
+            return
+        if message is None:
+            return
+        request = self._requests.known(message.parent_id)
+        if request is None:
+            self._drop("guest iopub", f"{message.msg_type} of an unknown request")
+            return
+        if message.msg_type == "status":
+            self._set_status(request, Progress.BUSY if message.content["execution_state"] == "busy" else Progress.IDLE)
+            return
+        if message.msg_type == "execute_input":
+            if request.code is None:
+                self._drop("guest iopub", "execute_input that belongs to no running cell")
+                return
+            message.content["code"] = request.code
+        self._publish(message.msg_type, message.content, request, metadata=message.metadata, buffers=message.buffers)
+
+    def _on_guest_reply(self, channel: str, parts: list[bytes]) -> None:
+        try:
+            message = guest_messages.parse(parts, guest_messages.REPLY_CHECKS)
+        except WireError as error:
+            self._drop(f"guest {channel}", str(error))
+            return
+        if message is None:
+            return
+        request = self._requests.pending(message.parent_id)
+        if request is None or request.channel != channel or request.reply_type != message.msg_type:
+            self._drop(f"guest {channel}", f"{message.msg_type} that nobody waits for")
+            return
+        self._reply(request, message.msg_type, message.metadata, message.content, message.buffers)
+
+    def _on_guest_stdin(self, parts: list[bytes]) -> None:
+        try:
+            message = guest_messages.parse(parts, guest_messages.STDIN_CHECKS)
+        except WireError as error:
+            self._drop("guest stdin", str(error))
+            return
+        if message is None:
+            return
+        request = self._requests.pending(message.parent_id)
+        if request is None or not request.allow_stdin:
+            self._drop("guest stdin", "input_request that no running cell may make")
+            return
+        self._asking.append(request)
+        self._send("stdin", request, "input_request", message.metadata, message.content)
+
+    # ---- to clients
+
+    def _set_status(self, request: Request, progress: Progress) -> None:
+        """Publish busy and idle of a request once each and in this order, whoever says so first."""
+        if progress != request.progress + 1:
+            return
+        request.progress = progress
+        self._publish("status", {"execution_state": "busy" if progress is Progress.BUSY else "idle"}, request)
+
+    def _reply(
+        self,
+        request: Request,
+        msg_type: str,
+        metadata: dict[str, Any],
+        content: dict[str, Any],
+        buffers: Sequence[Buffer] = (),
+    ) -> None:
+        self._requests.answered(request)
+        self._asking = [asking for asking in self._asking if asking is not request]
+        self._send(request.channel, request, msg_type, metadata, content, buffers)
+
+    def _send(
+        self,
+        channel: str,
+        request: Request,
+        msg_type: str,
+        metadata: dict[str, Any],
+        content: dict[str, Any],
+        buffers: Sequence[Buffer] = (),
+    ) -> None:
+        header = self._session.header(msg_type)
+        self._outlet.send(
+            channel,
+            self._session.serialize(
+                header, request.header, metadata, content, identities=request.identities, buffers=buffers
+            ),
+        )
+
+    def _publish(
+        self,
+        msg_type: str,
+        content: dict[str, Any],
+        request: Request | None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        buffers: Sequence[Buffer] = (),
+    ) -> None:
+        topic = f"stream.{content['name']}" if msg_type == "stream" else f"kernel.{self._session.id}.{msg_type}"
+        self._outlet.publish(
+            self._session.serialize(
+                self._session.header(msg_type),
+                EMPTY if request is None else request.header,
+                metadata or {},
+                content,
+                identities=(topic.encode(),),
+                buffers=buffers,
+            )
+        )
+
+    def _drop(self, where: str, why: str) -> None:
+        self.dropped[where] += 1
+        count = self.dropped[where]
+        if count & (count - 1) == 0:
+            # The 1st, 2nd, 4th, 8th…: a hostile guest must not fill the log.
+            log.warning("message dropped", where=where, why=why, count=count)

@@ -1,0 +1,97 @@
+"""The table of what clients asked: the only source of routing and parent headers, never the guest.
+
+A guest names the request that it answers by its id; everything else about that request is looked up here. Imports
+nothing heavy.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from agentvm_kernel.jupyter.wire import Buffer
+
+MAX_ANSWERED = 4096
+
+
+class Progress(IntEnum):
+    """How far the `status` messages of one request have come."""
+
+    QUEUED = 0
+    BUSY = 1
+    IDLE = 2
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request of a client.
+
+    Attributes:
+        channel: `shell` or `control`; the reply goes out there.
+        identities: ZeroMQ route to the client.
+        header: the request's header as it came; parent header of all that follows from it.
+        code: of an execute_request, else None.
+        silent: an execute_request that must not show anything.
+        allow_stdin: an execute_request during which the guest may ask for input.
+        progress: which status was published last.
+    """
+
+    msg_id: str
+    msg_type: str
+    channel: str
+    identities: list[bytes]
+    header: Buffer
+    code: str | None = None
+    silent: bool = False
+    allow_stdin: bool = False
+    progress: Progress = Progress.QUEUED
+
+    @property
+    def reply_type(self) -> str | None:
+        """Type of the reply that is due; None for the comm messages, which have none."""
+        return f"{self.msg_type.removesuffix('_request')}_reply" if self.msg_type.endswith("_request") else None
+
+
+class RequestTable:
+    """Requests that wait for a reply, and the last MAX_ANSWERED others: a finished cell's threads may still print."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Request] = {}
+        self._answered: dict[str, Request] = {}
+
+    def add(self, request: Request) -> None:
+        """Remember a request that is forwarded, or will be once there is a machine."""
+        if request.reply_type is None:
+            self._keep(request)
+        else:
+            self._pending[request.msg_id] = request
+
+    def pending(self, msg_id: str) -> Request | None:
+        """Return the request with this id when its reply is still due."""
+        return self._pending.get(msg_id)
+
+    def known(self, msg_id: str) -> Request | None:
+        """Return the request with this id, answered or not."""
+        return self._pending.get(msg_id) or self._answered.get(msg_id)
+
+    def running(self) -> list[Request]:
+        """Return the cells that have begun and have no reply yet."""
+        return [
+            r for r in self._pending.values() if r.code is not None and r.progress is Progress.BUSY and not r.silent
+        ]
+
+    def answered(self, request: Request) -> None:
+        """Note that the reply has been sent."""
+        if self._pending.pop(request.msg_id, None) is not None:
+            request.code = None
+            self._keep(request)
+
+    def clear(self) -> list[Request]:
+        """Forget everything, since the guest that knew of it is gone; return what still waits for a reply or `idle`."""
+        unfinished = [*self._pending.values(), *(r for r in self._answered.values() if r.progress is Progress.BUSY)]
+        self._pending.clear()
+        self._answered.clear()
+        return unfinished
+
+    def _keep(self, request: Request) -> None:
+        self._answered[request.msg_id] = request
+        if len(self._answered) > MAX_ANSWERED:
+            del self._answered[next(iter(self._answered))]

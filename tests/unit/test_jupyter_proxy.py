@@ -1,0 +1,517 @@
+"""The proxy's rules, with a guest that says what the test wants and a client that is jupyter_client's own Session."""
+
+import json
+from collections import namedtuple
+
+import pytest
+from jupyter_client.session import Session as ReferenceSession
+
+from agentvm_kernel.errors import BootError, MachineLost
+from agentvm_kernel.jupyter.connection_file import ConnectionInfo
+from agentvm_kernel.jupyter.proxy import Proxy
+from agentvm_kernel.jupyter.requests import MAX_ANSWERED
+from agentvm_kernel.jupyter.wire import Session
+from guest_runtime.wire import Channel
+
+KEY = b"key"
+Received = namedtuple("Received", "channel identities topic type parent metadata content buffers")
+
+
+class Outlet:
+    """Keeps what is sent to clients, read as a client would."""
+
+    def __init__(self):
+        self.info = ConnectionInfo(shell_port=1, iopub_port=2, stdin_port=3, control_port=4, hb_port=5)
+        self.messages = []
+        self._reader = ReferenceSession(key=KEY)
+
+    def send(self, channel, frames):
+        self._record(channel, frames)
+
+    def publish(self, frames):
+        self._record("iopub", frames)
+
+    def _record(self, channel, frames):
+        identities, rest = self._reader.feed_identities([bytes(frame) for frame in frames])
+        message = self._reader.deserialize(rest)
+        self.messages.append(
+            Received(
+                channel,
+                identities,
+                identities[0].decode() if channel == "iopub" and identities else "",
+                message["msg_type"],
+                message["parent_header"].get("msg_id"),
+                message["metadata"],
+                message["content"],
+                [bytes(buffer) for buffer in message["buffers"]],
+            )
+        )
+
+    def take(self):
+        taken, self.messages = self.messages, []
+        return taken
+
+
+class Guest:
+    """A connection whose other end is the test."""
+
+    def __init__(self):
+        self.ready = {"python": "3.11.2"}
+        self.on_message = {}
+        self.on_notification = None
+        self.received = []
+
+    def send(self, channel, parts):
+        self.received.append((channel, [bytes(part) for part in parts]))
+
+    def say(self, channel, msg_type, parent, content, metadata=None, buffers=(), header=None):
+        parts = [
+            json.dumps(header or {"msg_type": msg_type, "msg_id": "guest's own"}).encode(),
+            json.dumps({"msg_id": parent} if isinstance(parent, str) else parent).encode(),
+            json.dumps(metadata or {}).encode(),
+            content if isinstance(content, bytes) else json.dumps(content).encode(),
+            *buffers,
+        ]
+        self.on_message[channel](parts)
+
+    def say_status(self, parent, state):
+        self.say(Channel.IOPUB, "status", parent, {"execution_state": state})
+
+
+class Owner:
+    def __init__(self):
+        self.wanted = self.interrupts = self.shutdowns = 0
+
+    def machine_wanted(self):
+        self.wanted += 1
+
+    def interrupt(self, done):
+        self.interrupts += 1
+        done({"status": "ok"})
+
+    def shutdown(self):
+        self.shutdowns += 1
+
+
+class World:
+    def __init__(self):
+        self.outlet, self.owner, self.guest = Outlet(), Owner(), Guest()
+        self.proxy = Proxy(Session(KEY), self.outlet, self.owner)
+        self.client = ReferenceSession(key=KEY)
+
+    def attach(self):
+        self.proxy.attach(self.guest)
+        return self
+
+    def ask(self, msg_type, content=None, channel="shell", identity=b"client", buffers=(), **header):
+        message = self.client.msg(msg_type, content=content or {})
+        message["header"].update(header)
+        self.proxy.on_client_message(channel, [*self.client.serialize(message, ident=[identity]), *buffers])
+        return message["header"]["msg_id"]
+
+    def execute(self, code="1+1", **content):
+        return self.ask("execute_request", {"code": code, "allow_stdin": True, **content})
+
+    def take(self):
+        """What clients were sent since the last call, as (channel, type, parent)."""
+        return [(message.channel, message.type, message.parent) for message in self.outlet.take()]
+
+
+@pytest.fixture
+def world():
+    return World().attach()
+
+
+@pytest.fixture
+def waiting():
+    """A world without a machine yet."""
+    return World()
+
+
+def states(messages):
+    return [message.content["execution_state"] for message in messages if message.type == "status"]
+
+
+def test_a_cell_goes_there_and_back(world):
+    asked = world.execute("x = 'ä'")
+    ((channel, parts),) = world.guest.received
+    assert channel == Channel.SHELL
+    assert json.loads(parts[0])["msg_id"] == asked
+    assert json.loads(parts[3])["code"] == "x = 'ä'"
+    world.guest.say_status(asked, "busy")
+    world.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "something else", "execution_count": 7})
+    world.guest.say(Channel.IOPUB, "stream", asked, {"name": "stdout", "text": "hi\n"})
+    world.guest.say(
+        Channel.SHELL, "execute_reply", asked, {"status": "ok", "execution_count": 7, "payload": []}, {"started": "now"}
+    )
+    world.guest.say_status(asked, "idle")
+    messages = world.outlet.take()
+    assert [(m.channel, m.type) for m in messages] == [
+        ("iopub", "status"),
+        ("iopub", "execute_input"),
+        ("iopub", "stream"),
+        ("shell", "execute_reply"),
+        ("iopub", "status"),
+    ]
+    assert {m.parent for m in messages} == {asked}
+    assert messages[1].content == {"code": "x = 'ä'", "execution_count": 7}
+    assert messages[2].topic == "stream.stdout"
+    assert messages[3].identities == [b"client"]
+    assert messages[3].metadata == {"started": "now"}
+    assert not world.proxy.dropped
+
+
+def test_the_guest_never_sees_identities_or_signatures(world):
+    world.ask("execute_request", {"code": ""}, identity=b"secret-identity")
+    ((_, parts),) = world.guest.received
+    assert len(parts) == 4
+    assert not any(b"secret-identity" in part for part in parts)
+
+
+def test_buffers_pass_both_ways(world):
+    asked = world.ask("comm_msg", {"comm_id": "c", "data": {}}, buffers=[b"\x00up"])
+    assert world.guest.received[-1][1][4:] == [b"\x00up"]
+    world.guest.say(Channel.IOPUB, "comm_msg", asked, {"comm_id": "c", "data": {}}, buffers=[memoryview(b"down"), b""])
+    assert world.outlet.take()[-1].buffers == [b"down", b""]
+
+
+def test_a_reply_nobody_waits_for_is_dropped(world):
+    asked = world.execute()
+    reply = {"status": "ok", "execution_count": 1}
+    world.guest.say(Channel.SHELL, "execute_reply", "forged", reply)
+    world.guest.say(Channel.SHELL, "complete_reply", asked, reply)
+    world.guest.say(Channel.CONTROL, "execute_reply", asked, reply)
+    assert world.take() == []
+    world.guest.say(Channel.SHELL, "execute_reply", asked, reply)
+    world.guest.say(Channel.SHELL, "execute_reply", asked, reply)
+    assert world.take() == [("shell", "execute_reply", asked)]
+    assert world.proxy.dropped == {"guest shell": 3, "guest control": 1}
+
+
+def test_output_of_an_unknown_request_is_dropped(world):
+    world.guest.say(Channel.IOPUB, "stream", "never asked", {"name": "stdout", "text": "x"})
+    assert world.take() == []
+    assert world.proxy.dropped == {"guest iopub": 1}
+
+
+def test_messages_without_a_parent_are_not_for_anybody(world):
+    world.guest.say(Channel.IOPUB, "status", {}, {"execution_state": "starting"})
+    world.guest.say(Channel.IOPUB, "iopub_welcome", {}, {"subscription": ""})
+    assert world.take() == []
+    assert not world.proxy.dropped
+
+
+def test_threads_of_a_finished_cell_may_still_print(world):
+    asked = world.execute()
+    world.guest.say(Channel.SHELL, "execute_reply", asked, {"status": "ok", "execution_count": 1})
+    world.outlet.take()
+    world.guest.say(Channel.IOPUB, "stream", asked, {"name": "stdout", "text": "late"})
+    assert world.take() == [("iopub", "stream", asked)]
+    world.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "", "execution_count": 2})
+    assert world.take() == []
+
+
+def test_the_table_of_answered_requests_is_bounded(world):
+    first = world.execute()
+    world.guest.say(Channel.SHELL, "execute_reply", first, {"status": "ok", "execution_count": 1})
+    for _ in range(MAX_ANSWERED):
+        world.ask("comm_msg", {"comm_id": "c", "data": {}})
+    world.outlet.take()
+    world.guest.say(Channel.IOPUB, "stream", first, {"name": "stdout", "text": "too late"})
+    assert world.take() == []
+
+
+def test_busy_and_idle_come_once_each_and_in_order(world):
+    asked = world.execute()
+    for state in ("idle", "busy", "busy", "idle", "idle", "busy"):
+        world.guest.say_status(asked, state)
+    assert states(world.outlet.take()) == ["busy", "idle"]
+
+
+@pytest.mark.parametrize("state", ["starting", "restarting", "dead", 7, None])
+def test_only_the_host_says_how_the_kernel_is(world, state):
+    asked = world.execute()
+    world.guest.say_status(asked, state)
+    assert world.take() == []
+    assert world.proxy.dropped == {"guest iopub": 1}
+
+
+@pytest.mark.parametrize(
+    ("msg_type", "content"),
+    [
+        ("kernel_info_reply", {"status": "ok"}),
+        ("shutdown_reply", {"status": "ok", "restart": True}),
+        ("input_request", {"prompt": ""}),
+        ("made_up", {}),
+        ("stream", {"name": "stdlog", "text": ""}),
+        ("stream", {"name": "stdout", "text": ["x"]}),
+        ("stream", b"[]"),
+        ("stream", b'{"name": "stdout", "text": NaN}'),
+        ("stream", b'{"name": "stdout"'),
+        ("display_data", {"data": "text", "metadata": {}}),
+        ("display_data", {"data": {}, "metadata": []}),
+        ("display_data", {"data": {}, "metadata": {}, "transient": {"display_id": 5}}),
+        ("execute_result", {"data": {}, "metadata": {}, "execution_count": "1"}),
+        ("error", {"ename": "E", "evalue": "v", "traceback": "text"}),
+        ("comm_open", {"comm_id": "c", "data": {}}),
+        ("comm_msg", {"comm_id": 1, "data": {}}),
+        ("comm_msg", {"comm_id": "c", "data": []}),
+        ("execute_input", {"code": "x", "execution_count": {}}),
+    ],
+)
+def test_iopub_messages_of_the_wrong_shape_are_dropped(world, msg_type, content):
+    asked = world.execute()
+    world.guest.say(Channel.IOPUB, msg_type, asked, content)
+    assert world.take() == []
+    assert world.proxy.dropped == {"guest iopub": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"status": "fine"},
+        {"status": "ok", "execution_count": "1"},
+        {"status": "ok", "payload": {"source": "page"}},
+        {"status": "ok", "user_expressions": []},
+        {"status": "error", "ename": 1, "evalue": "", "traceback": []},
+    ],
+)
+def test_execute_replies_of_the_wrong_shape_are_dropped(world, content):
+    asked = world.execute()
+    world.guest.say(Channel.SHELL, "execute_reply", asked, content)
+    assert world.take() == []
+
+
+@pytest.mark.parametrize("parts", [[], [b"{}"] * 3, [b"{}"] * 2000, [b"x", b'{"msg_id":"a"}', b"{}", b"{}"]])
+def test_guest_messages_with_impossible_parts_are_dropped(world, parts):
+    for handler in world.guest.on_message.values():
+        handler(parts)
+    assert world.take() == []
+    assert sum(world.proxy.dropped.values()) == 4
+
+
+def test_target_module_is_stripped_from_comms(world):
+    asked = world.execute()
+    world.guest.say(
+        Channel.IOPUB, "comm_open", asked, {"comm_id": "c", "target_name": "t", "target_module": "evil", "data": {}}
+    )
+    assert "target_module" not in world.outlet.take()[-1].content
+
+
+def test_unknown_requests_of_clients_are_dropped_but_do_not_leave_it_busy(world):
+    world.ask("made_up_request")
+    world.ask("create_subshell_request", channel="shell")
+    assert world.guest.received == []
+    assert states(world.outlet.take()) == ["busy", "idle", "busy", "idle"]
+    assert world.proxy.dropped == {"client shell": 2}
+
+
+def test_unsigned_messages_are_dropped(world):
+    world.proxy.on_client_message("shell", [b"id", b"<IDS|MSG>", b"", b"{}", b"{}", b"{}", b"{}"])
+    assert world.guest.received == []
+    assert world.proxy.dropped == {"client shell": 1}
+
+
+@pytest.mark.parametrize("msg_type", ["debug_request", "usage_request", "create_subshell_request", "execute_request"])
+def test_control_requests_are_answered_on_control(world, msg_type):
+    asked = world.ask(msg_type, {"code": ""}, channel="control")
+    assert world.guest.received[0][0] == Channel.CONTROL
+    world.guest.say(Channel.CONTROL, msg_type.replace("request", "reply"), asked, {"status": "ok"})
+    assert world.take() == [("control", msg_type.replace("request", "reply"), asked)]
+
+
+def test_subshell_id_reaches_the_guest(world):
+    world.ask("execute_request", {"code": ""}, subshell_id="s-1")
+    assert json.loads(world.guest.received[0][1][0])["subshell_id"] == "s-1"
+
+
+# ---- answered by the host
+
+
+def test_kernel_info_is_answered_at_once_without_a_machine(waiting):
+    asked = waiting.ask("kernel_info_request")
+    messages = waiting.outlet.take()
+    assert [(m.channel, m.type, m.parent) for m in messages] == [
+        ("iopub", "status", asked),
+        ("shell", "kernel_info_reply", asked),
+        ("iopub", "status", asked),
+    ]
+    content = messages[1].content
+    assert content["language_info"]["name"] == "python"
+    assert {"debugger", "kernel subshells"} <= set(content["supported_features"])
+    assert waiting.owner.wanted == 0
+
+
+def test_kernel_info_tells_the_guests_version(world):
+    world.ask("kernel_info_request", channel="control")
+    reply = world.outlet.take()[1]
+    assert reply.channel == "control"
+    assert reply.content["language_info"]["version"] == "3.11.2"
+
+
+def test_connect_request_tells_the_ports(world):
+    world.ask("connect_request")
+    assert world.outlet.take()[1].content == {
+        "status": "ok", "shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5,
+    }  # fmt: skip
+
+
+def test_interrupt_is_a_call_to_the_runtime(world):
+    asked = world.ask("interrupt_request", channel="control")
+    assert world.owner.interrupts == 1
+    assert world.guest.received == []
+    assert ("control", "interrupt_reply", asked) in world.take()
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_shutdown_is_answered_first(world, restart):
+    asked = world.ask("shutdown_request", {"restart": restart}, channel="control")
+    messages = world.outlet.take()
+    assert ("control", "shutdown_reply") in [(m.channel, m.type) for m in messages]
+    assert ("iopub", "shutdown_reply") in [(m.channel, m.type) for m in messages]
+    assert all(m.content["restart"] is restart for m in messages if m.type == "shutdown_reply" and m.parent == asked)
+    assert world.owner.shutdowns == 1
+
+
+def test_subscribers_are_welcomed(world):
+    world.proxy.on_subscribe(b"")
+    world.proxy.on_subscribe(b"topic")
+    first, second = world.outlet.take()
+    assert (first.type, first.content, first.identities) == ("iopub_welcome", {"subscription": ""}, [])
+    assert (second.content, second.identities) == ({"subscription": "topic"}, [b"topic"])
+
+
+# ---- input
+
+
+def test_input_goes_to_the_client_that_runs_the_cell(world):
+    asked = world.ask("execute_request", {"code": "input()", "allow_stdin": True}, identity=b"a")
+    world.ask("execute_request", {"code": "", "allow_stdin": True}, identity=b"b")
+    world.guest.say(Channel.STDIN, "input_request", asked, {"prompt": "? ", "password": True})
+    question = world.outlet.take()[-1]
+    assert (question.channel, question.type, question.identities) == ("stdin", "input_request", [b"a"])
+    assert question.content == {"prompt": "? ", "password": True}
+    world.guest.received.clear()
+    world.ask("input_reply", {"value": "stranger"}, channel="stdin", identity=b"b")
+    world.ask("input_reply", {"value": "mine"}, channel="stdin", identity=b"a")
+    world.ask("input_reply", {"value": "again"}, channel="stdin", identity=b"a")
+    ((channel, parts),) = world.guest.received
+    assert channel == Channel.STDIN
+    assert json.loads(parts[3]) == {"value": "mine"}
+    assert world.proxy.dropped == {"client stdin": 2}
+
+
+def test_completion_while_a_cell_asks_for_input(world):
+    asked = world.execute("input()")
+    world.guest.say(Channel.STDIN, "input_request", asked, {"prompt": ""})
+    completion = world.ask("complete_request", {"code": "", "cursor_pos": 0})
+    world.guest.say(Channel.SHELL, "complete_reply", completion, {"status": "ok", "matches": []})
+    world.ask("input_reply", {"value": "x"}, channel="stdin")
+    assert world.guest.received[-1][0] == Channel.STDIN
+
+
+def test_input_is_refused_where_the_client_does_not_allow_it(world):
+    forbidden = world.execute(allow_stdin=False)
+    other = world.ask("complete_request", {"code": "", "cursor_pos": 0})
+    for parent in (forbidden, other, "unknown"):
+        world.guest.say(Channel.STDIN, "input_request", parent, {"prompt": ""})
+    assert world.take() == []
+    assert world.proxy.dropped == {"guest stdin": 3}
+
+
+def test_an_answer_after_the_cell_has_ended_is_dropped(world):
+    asked = world.execute("input()")
+    world.guest.say(Channel.STDIN, "input_request", asked, {"prompt": ""})
+    world.guest.say(Channel.SHELL, "execute_reply", asked, {"status": "aborted"})
+    world.ask("input_reply", {"value": "late"}, channel="stdin")
+    assert [channel for channel, _ in world.guest.received] == [Channel.SHELL]
+
+
+# ---- no machine, machine lost
+
+
+def test_requests_wait_for_the_machine_in_order(waiting):
+    asked = [waiting.execute("a"), waiting.ask("history_request"), waiting.execute("b")]
+    debug = waiting.ask("debug_request", channel="control")
+    assert waiting.owner.wanted == 4
+    assert states(waiting.outlet.take()) == ["busy"]
+    waiting.attach()
+    sent = [(channel, json.loads(parts[0])["msg_id"]) for channel, parts in waiting.guest.received]
+    assert sent == [*((Channel.SHELL, msg_id) for msg_id in asked), (Channel.CONTROL, debug)]
+    waiting.guest.say_status(asked[0], "busy")
+    assert waiting.take() == []
+
+
+def test_progress_is_shown_to_the_first_waiting_cell_and_removed(waiting):
+    waiting.ask("history_request")
+    silent = waiting.execute("s", silent=True)
+    asked = waiting.execute("a")
+    waiting.outlet.take()
+    waiting.proxy.show_progress("booting")
+    waiting.proxy.show_progress("booting")
+    waiting.attach()
+    assert waiting.take() == [("iopub", "stream", asked), ("iopub", "clear_output", asked)]
+    assert silent
+
+
+def test_every_cell_is_told_when_no_machine_can_be_had(waiting):
+    first, second = waiting.execute("a"), waiting.execute("b")
+    completion = waiting.ask("complete_request")
+    comm = waiting.ask("comm_msg", {"comm_id": "c"})
+    waiting.proxy.detach(BootError("No image.", hint="Run agentvm image build."))
+    messages = waiting.outlet.take()
+    for asked in (first, second):
+        about = [m for m in messages if m.parent == asked]
+        assert [m.type for m in about] == ["status", "error", "execute_reply", "status"]
+        assert about[2].content["status"] == "error"
+        assert about[2].content["ename"] == "BootError"
+        assert about[2].content["evalue"] == "No image. Run agentvm image build."
+        assert about[2].content["traceback"]
+    assert [m.type for m in messages if m.parent == completion] == ["status", "complete_reply", "status"]
+    assert not [m for m in messages if m.parent == comm]
+    waiting.execute("again")
+    assert waiting.owner.wanted == 5
+
+
+def test_a_lost_machine_ends_what_it_was_doing_and_the_next_cell_is_told(world):
+    asked = world.execute("while True: pass")
+    comm = world.ask("comm_msg", {"comm_id": "c"})
+    silent = world.execute("s", silent=True)
+    world.guest.say_status(asked, "busy")
+    world.guest.say_status(comm, "busy")
+    world.outlet.take()
+    world.proxy.detach(MachineLost("QEMU was killed."), notice="state was lost")
+    assert world.take() == [
+        ("iopub", "error", asked),
+        ("shell", "execute_reply", asked),
+        ("iopub", "status", asked),
+        ("iopub", "status", silent),
+        ("shell", "execute_reply", silent),
+        ("iopub", "status", silent),
+        ("iopub", "status", comm),
+    ]
+    world.execute("1")
+    assert world.owner.wanted == 1
+    world.guest = Guest()
+    world.attach()
+    messages = world.outlet.take()
+    assert [m.content for m in messages if m.type == "stream"] == [{"name": "stderr", "text": "state was lost\n"}]
+    world.execute("2")
+    assert not [m for m in world.outlet.take() if m.type == "stream"]
+
+
+def test_an_old_guest_cannot_speak_for_a_new_one(world):
+    world.proxy.detach(MachineLost("gone"))
+    assert world.guest.on_message == {}
+
+
+def test_interrupting_cells_that_wait_for_a_machine(waiting):
+    first, second = waiting.execute("a"), waiting.execute("b")
+    history = waiting.ask("history_request")
+    waiting.ask("interrupt_request", channel="control")
+    replies = {m.parent: m.content for m in waiting.outlet.take() if m.type == "execute_reply"}
+    assert replies[first]["ename"] == "KeyboardInterrupt"
+    assert replies[second] == {"status": "aborted"}
+    waiting.attach()
+    assert [json.loads(parts[0])["msg_id"] for _, parts in waiting.guest.received] == [history]
