@@ -1,0 +1,114 @@
+"""The guest images on this host. Standard library only: the kernel process finds its image through this module.
+
+An image is a folder `images/<digest>` in the cache with `root.qcow2`, `vmlinuz`, `initramfs` and `manifest.json`, which is written last.
+"""
+
+import json
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentvm_kernel import paths
+from agentvm_kernel.errors import ImageError
+
+MANIFEST = "manifest.json"
+DISK = "root.qcow2"
+KERNEL = "vmlinuz"
+INITRAMFS = "initramfs"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A guest image, ready to boot and never written to.
+
+    Attributes:
+        digest: of everything that went into it, 64 hexadecimal digits.
+        name: what its spec calls it.
+        folder: where its files lie.
+        disk: the root file system, a read-only qcow2.
+        kernel: the Linux kernel to boot directly.
+        initramfs: boot modules and the script that mounts the root; `initramfs.machine_initrd` completes it.
+        python_version: of the guest, such as "3.11".
+        preload: modules that the Python kernel imports before it is ready.
+        created: seconds since the epoch.
+        size: bytes on disk.
+    """
+
+    digest: str
+    name: str
+    folder: Path
+    disk: Path
+    kernel: Path
+    initramfs: Path
+    python_version: str
+    preload: tuple[str, ...]
+    created: float
+    size: int
+
+
+def images_dir() -> Path:
+    """The folder that holds one folder for each image."""
+    folder = paths.cache_dir() / "images"
+    folder.mkdir(mode=0o711, exist_ok=True)
+    return folder
+
+
+def list_images() -> list[Image]:
+    """Return all complete images, newest first."""
+    found = [image for manifest in images_dir().glob(f"[0-9a-f]*/{MANIFEST}") if (image := _read(manifest)) is not None]
+    return sorted(found, key=lambda image: image.created, reverse=True)
+
+
+def find(name: str) -> Image:
+    """Return the newest image called `name`, or the one whose digest begins with it (8 digits at least).
+
+    Raises:
+        ImageError: there is none.
+    """
+    for image in list_images():
+        if image.name == name or (len(name) >= 8 and image.digest.startswith(name)):
+            return image
+    raise ImageError(f"There is no guest image {name!r} on this host.", hint="Build it with: agentvm image build")
+
+
+def remove(name: str, *, in_use: Collection[str] = ()) -> Image:
+    """Delete an image and return what it was.
+
+    Args:
+        name: as for `find`.
+        in_use: digests that machines or snapshots rest on.
+
+    Raises:
+        ImageError: there is no such image, or something rests on it.
+    """
+    image = find(name)
+    if image.digest in in_use:
+        raise ImageError(
+            f"Image {image.name} ({image.digest[:12]}) is in use by a machine or snapshot.",
+            hint="See them with: agentvm list",
+        )
+    (image.folder / MANIFEST).unlink()  # first, so that nobody finds half an image
+    shutil.rmtree(image.folder)
+    return image
+
+
+def _read(manifest: Path) -> Image | None:
+    try:
+        data: dict[str, Any] = json.loads(manifest.read_text())
+        folder = manifest.parent
+        return Image(
+            digest=str(data["digest"]),
+            name=str(data["name"]),
+            folder=folder,
+            disk=folder / DISK,
+            kernel=folder / KERNEL,
+            initramfs=folder / INITRAMFS,
+            python_version=str(data["python_version"]),
+            preload=tuple(map(str, data["preload"])),
+            created=float(data["created"]),
+            size=sum(path.stat().st_blocks * 512 for path in folder.iterdir()),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # removed or damaged meanwhile: to us it is not there
