@@ -1,0 +1,156 @@
+"""A lease: one machine that belongs to this process, with the authenticated connection to it.
+
+`acquire` hands out a machine only after its identity has been renewed and confirmed (clock, name, secret, entropy); a machine that does
+not confirm is destroyed. The kernel process imports this module, so it imports little; what boots or builds is imported when needed.
+"""
+
+import asyncio
+import base64
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from agentvm_kernel.errors import AgentVMError, MachineLost
+from agentvm_kernel.log import get_logger
+from agentvm_kernel.sandbox.settings import SandboxSettings
+from agentvm_kernel.transport.connection import GuestConnection, open_connection
+
+if TYPE_CHECKING:
+    from agentvm_kernel.hypervisor.connection import Hypervisor
+    from agentvm_kernel.hypervisor.machine import Machine
+
+log = get_logger(__name__)
+
+Progress = Callable[[str], None]
+
+RENEW_TIMEOUT_S = 20.0
+LOST_GRACE_S = 1.0
+
+
+class Lease:
+    """One machine of ours and the connection to its runtime.
+
+    Attributes:
+        machine: the libvirt domain behind it.
+        connection: the authenticated connection; replaced by nothing, a lost machine is a lost lease.
+        lost: resolves with a sentence saying what happened, when the machine or the connection to it is gone.
+    """
+
+    def __init__(self, hypervisor: "Hypervisor", machine: "Machine", connection: GuestConnection) -> None:
+        self.machine = machine
+        self.connection = connection
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._hypervisor = hypervisor
+        self._released = False
+        self._watch = asyncio.create_task(self._watch_connection())
+
+    @property
+    def description(self) -> str:
+        """One line for people: which machine this is and how it runs."""
+        return self.machine.description
+
+    async def _watch_connection(self) -> None:
+        reason = await self.connection.closed
+        # libvirt's event usually says more (crashed, killed, shut down by the guest) but arrives a moment later.
+        stopped = await asyncio.to_thread(self.machine.wait_stopped_reason, LOST_GRACE_S)
+        if not self.lost.done():
+            self.lost.set_result(stopped or f"the connection to machine {self.machine.name} ended: {reason}")
+
+    async def release(self) -> None:
+        """Give the machine back: it is destroyed by a detached process, nobody waits for that."""
+        if self._released:
+            return
+        self._released = True
+        self._watch.cancel()
+        if not self.lost.done():
+            self.lost.set_result("the lease was released")
+        await self.connection.close()
+        await asyncio.to_thread(self.machine.release)
+
+
+async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = None) -> Lease:
+    """Lease a machine whose identity has been renewed and whose kernel answers.
+
+    Args:
+        settings: image, profile, libvirt URI and time limits.
+        on_progress: called with a short sentence at each stage.
+
+    Raises:
+        AgentVMError: no machine can be had; the message says why and what to do.
+    """
+    say = on_progress or (lambda _: None)
+    hypervisor, machine = await asyncio.to_thread(_obtain, settings, say)
+    try:
+        connection = await open_connection(machine.address, machine.secret, timeout_s=settings.boot_timeout_s)
+        try:
+            await renew_identity(connection, machine, reseed=True)
+            say("Waiting for the Python kernel in the machine")
+            await connection.call("kernel.wait", timeout_s=settings.boot_timeout_s)
+        except BaseException:
+            await connection.close()
+            raise
+    except BaseException as error:
+        explained = await asyncio.to_thread(_explain, machine, error)
+        await asyncio.to_thread(machine.release)
+        raise explained from error
+    return Lease(hypervisor, machine, connection)
+
+
+async def renew_identity(connection: GuestConnection, machine: "Machine", *, reseed: bool) -> dict[str, Any]:
+    """Give the machine an identity of its own and wait until it has confirmed every part of it.
+
+    Args:
+        connection: authenticated with the machine's current secret.
+        machine: whose secret is replaced by a new one.
+        reseed: also reseed `random` and `numpy.random` in the kernel process (not for a user's own restored machine).
+
+    Raises:
+        MachineLost: the machine did not confirm; it must not be handed out (HAZARDS 1-4, 6).
+    """
+    secret = os.urandom(32)
+    wanted = {
+        "entropy": base64.b64encode(os.urandom(256)).decode(),
+        "time_ns": time.time_ns(),
+        "hostname": machine.name,
+        "machine_id": uuid.uuid4().hex,
+        "secret": base64.b64encode(secret).decode(),
+        "reseed": reseed,
+    }
+    confirmed: dict[str, Any] = await connection.call("renew", wanted, timeout_s=RENEW_TIMEOUT_S)
+    missing = [
+        key for key in ("entropy", "time", "hostname", "machine_id", "boot_id", "secret") if confirmed.get(key) is not True
+    ]
+    if missing or (reseed and confirmed.get("reseed") is not True):
+        raise MachineLost(
+            f"Machine {machine.name} did not confirm its new identity ({', '.join(missing) or 'reseed'}).",
+            hint="It was discarded; run the cell again to get another one.",
+        )
+    machine.secret = secret
+    return confirmed
+
+
+def _obtain(settings: SandboxSettings, say: Progress) -> "tuple[Hypervisor, Machine]":
+    """Blocking part of `acquire`: reach libvirt, find the image, boot."""
+    from agentvm_kernel.hypervisor.connection import Hypervisor
+    from agentvm_kernel.hypervisor.machine import boot_machine
+    from agentvm_kernel.image import store
+
+    hypervisor = Hypervisor(settings.uri)
+    image = store.find(settings.image)
+    say("Booting a virtual machine")
+    return hypervisor, boot_machine(hypervisor, image, settings.profile)
+
+
+def _explain(machine: "Machine", error: BaseException) -> BaseException:
+    """Add the tail of the serial log where the guest did not come up."""
+    if not isinstance(error, AgentVMError):
+        return error
+    from agentvm_kernel.errors import BootError
+
+    tail = machine.console_tail(20)
+    return BootError(
+        f"Machine {machine.name} did not come up: {error.message}",
+        hint=f"The end of its serial log:\n{tail}" if tail else error.hint,
+    )

@@ -1,0 +1,39 @@
+"""What a sandbox is made of. A plain dataclass, since the kernel process reads it before anything heavy is imported."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SandboxSettings:
+    """Settings of one sandbox.
+
+    Attributes:
+        profile: resource profile: light, standard or intensive.
+        image: name or digest of the guest image.
+        uri: libvirt URI; None chooses by user (see `hypervisor.connection`).
+        boot_timeout_s: seconds within which a machine must answer.
+    """
+
+    profile: str = "standard"
+    image: str = "default"
+    uri: str | None = None
+    boot_timeout_s: float = 300.0
+
+
+def load_settings(**overrides: Any) -> SandboxSettings:
+    """Settings from the configuration file and the environment, then `overrides` that are not None.
+
+    Raises:
+        ConfigError: the file or a variable holds something invalid.
+    """
+    settings = SandboxSettings()
+    from agentvm_kernel.config import config_path
+
+    if config_path() is not None or any(name.startswith("AGENTVM_") for name in os.environ):
+        # pydantic is loaded only where there is something to validate.
+        from agentvm_kernel.config import load_config
+
+        settings = load_config().sandbox_settings()
+    return replace(settings, **{name: value for name, value in overrides.items() if value is not None})
