@@ -160,7 +160,8 @@ class GuestHandshake:
         self._make_mux = make_mux
         self._scanner = _Scanner(_FROM_HOST)
         self._nonces: tuple[bytes, bytes] | None = None  # of the host that was challenged last
-        self._greeted = False  # something may come that belongs to a handshake inside a session
+        self._greeted = False  # a greeting was seen inside a half-received frame of the session
+        self._tail = b""  # the last bytes that came while inside a frame: MAGIC may come in two reads
         self._out: list[bytes | memoryview] = []
 
     def feed(self, data: bytes) -> list[Event]:
@@ -179,10 +180,12 @@ class GuestHandshake:
         if not mux.mid_frame:
             if self._greeted:  # it was part of a message after all
                 self._forget_greeting()
-        elif self._greeted or MAGIC in data:
+        elif self._greeted or MAGIC in data or MAGIC in self._tail + data[: len(MAGIC)]:
+            self._scanner.feed(data if self._greeted else self._tail + data)
             self._greeted = True
-            self._scanner.feed(data)
             events += self._greet()
+        else:
+            self._tail = (self._tail + data[-len(MAGIC) :])[-len(MAGIC) :]
         return events
 
     def data_to_send(self, max_bytes: int = wire.MAX_PAYLOAD) -> list[bytes | memoryview]:
