@@ -43,7 +43,8 @@ class ConnectionInfo:
 
     def port(self, channel: str) -> int:
         """Return the port of one of CHANNELS."""
-        return int(getattr(self, f"{channel}_port"))
+        port: int = getattr(self, f"{channel}_port")
+        return port
 
     def url(self, channel: str) -> str:
         """Return the ZeroMQ address of one of CHANNELS."""
@@ -87,7 +88,7 @@ def save(path: Path, info: ConnectionInfo) -> None:
     values: dict[str, Any] = {}
     if path.exists():
         values = json.loads(path.read_text(encoding="utf-8"))
-    values.update({name: value for name, value in asdict(info).items() if value or name != name.removeprefix("curve_")})
+    values.update({name: value for name, value in asdict(info).items() if value or not name.startswith("curve_")})
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -37,6 +37,7 @@ PROGRESS_AFTER_S = 2.0
 LAST_OUTPUT_S = 0.2
 # Clients wait 2.5 s for a kernel to end before they send signals.
 RELEASE_TIMEOUT_S = 1.5
+THREADS_TIMEOUT_S = 0.2
 
 
 def parse_arguments(arguments: Sequence[str]) -> Path | None:
@@ -78,8 +79,8 @@ class KernelApp:
         self._stage = ""
         self._slow = False
 
-    async def run(self) -> int:
-        """Serve until a client, a signal or the guest's end says otherwise; return the exit code."""
+    def start(self) -> None:
+        """Listen to signals, to the parent process and to clients, and lease a machine."""
         self._loop.add_signal_handler(signal.SIGINT, self._on_sigint)
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             self._loop.add_signal_handler(signum, self._end, 0)
@@ -87,17 +88,17 @@ class KernelApp:
         self._sockets.start(self._proxy.on_client_message, self._proxy.on_subscribe)
         self._proxy.publish_starting()
         self.machine_wanted()
+
+    async def wait(self) -> int:
+        """Serve until a client, a signal or the guest's end says otherwise; return the exit code."""
         code = await self._exit
         for task in self._tasks:
             task.cancel()
         if self._lease is not None:
-            await asyncio.wait([asyncio.ensure_future(self._lease.release())], timeout=RELEASE_TIMEOUT_S)
+            self._spawn(self._lease.release())
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=RELEASE_TIMEOUT_S)
         return code
-
-    @property
-    def is_acquiring(self) -> bool:
-        """Whether a machine is still being made, by threads that cannot be stopped."""
-        return self._acquiring is not None
 
     # ---- what the proxy asks for
 
@@ -241,32 +242,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AgentVMError as error:
         print(f"agentvm: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
+    announcement = "" if named else f"To connect: jupyter console --existing {path.name}\nTo end the kernel: Ctrl-\\"
     try:
         if sockets.info != info or is_ours:
             connection_file.save(path, sockets.info)
-        if named is None:
-            print(
-                f"To connect a client: jupyter console --existing {path.name}\nTo end the kernel: Ctrl-\\", flush=True
-            )
-        return _serve(sockets, session)
+        # Not asyncio.run: it would wait for threads that boot a machine which nobody wants any more.
+        code, threads_left = asyncio.new_event_loop().run_until_complete(_serve(sockets, session, announcement))
+        sockets.close()
     finally:
         if is_ours:
             path.unlink(missing_ok=True)
-
-
-def _serve(sockets: ClientSockets, session: Session) -> int:
-    async def serve() -> tuple[int, bool]:
-        app = KernelApp(sockets, session, _default_backend())
-        return await app.run(), app.is_acquiring
-
-    loop = asyncio.new_event_loop()
-    code, is_acquiring = loop.run_until_complete(serve())
-    sockets.close()
-    if is_acquiring:
-        # Python would wait for the threads that boot a machine. The reaper finds that machine by this process being
-        # gone.
+    if threads_left:
+        # So would Python's own exit. The reaper finds that machine by our process being gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    loop.close()
     return code
+
+
+async def _serve(sockets: ClientSockets, session: Session, announcement: str) -> tuple[int, bool]:
+    app = KernelApp(sockets, session, _default_backend())
+    app.start()
+    if announcement:
+        print(announcement, flush=True)
+    code = await app.wait()
+    try:
+        async with asyncio.timeout(THREADS_TIMEOUT_S):
+            await asyncio.get_running_loop().shutdown_default_executor()
+    except TimeoutError:
+        return code, True
+    return code, False
