@@ -59,17 +59,36 @@ class PythonKernel:
         """Start it and return at once; `wait` tells when it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        settings = {"transport": "ipc", "ip": str(self.folder / "k"), **PORTS, "key": "", "signature_scheme": "hmac-sha256"}
+        settings = {
+            "transport": "ipc",
+            "ip": str(self.folder / "k"),
+            **PORTS,
+            "key": "",
+            "signature_scheme": "hmac-sha256",
+        }
         self.connection_file.write_text(json.dumps(settings))
         if self._user:
             os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
             os.chown(self.connection_file, self._user.pw_uid, self._user.pw_gid)
         ours, theirs = socket.socketpair()
-        command = [sys.executable, str(LAUNCHER), str(theirs.fileno()), str(self.connection_file), *self._preload]
+        # As in ipykernel's own kernelspec: with frozen modules the debugger misses breakpoints, and says so in the first cell.
+        command = [
+            sys.executable,
+            "-Xfrozen_modules=off",
+            str(LAUNCHER),
+            str(theirs.fileno()),
+            str(self.connection_file),
+            *self._preload,
+        ]
         who: dict[str, Any] = {}
         if self._user:
             groups = os.getgrouplist(self._user.pw_name, self._user.pw_gid)
-            who = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": groups, "cwd": self._user.pw_dir}
+            who = {
+                "user": self._user.pw_uid,
+                "group": self._user.pw_gid,
+                "extra_groups": groups,
+                "cwd": self._user.pw_dir,
+            }
         self._ready.clear()
         with theirs:
             # Its own session: an interrupt reaches the kernel and its children, and nothing else.
@@ -148,10 +167,19 @@ class PythonKernel:
         process.wait()
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "JUPYTER", "JPY_", "AGENTVM"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "JUPYTER", "JPY_", "AGENTVM"))
+        }
         if self._user:
             home = self._user.pw_dir
-            kept |= {"HOME": home, "USER": self._user.pw_name, "LOGNAME": self._user.pw_name, "SHELL": self._user.pw_shell}
+            kept |= {
+                "HOME": home,
+                "USER": self._user.pw_name,
+                "LOGNAME": self._user.pw_name,
+                "SHELL": self._user.pw_shell,
+            }
         # As a kernel of Jupyter's finds it: figures show inline, tools may write colours.
         return kept | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TERM": "xterm-color", "PAGER": "cat"}
 

@@ -31,10 +31,10 @@ def _serve(agent: socket.socket) -> None:
             request = json.loads(line)
             try:
                 _reseed(bytes.fromhex(request["reseed"]))
-                answer = {"reseeded": True}
-            except Exception as error:
-                answer = {"reseeded": False, "error": f"{type(error).__name__}: {error}"}
-            agent.sendall(json.dumps(answer).encode() + b"\n")
+            except Exception:
+                agent.sendall(b'{"reseeded": false}\n')
+            else:
+                agent.sendall(b'{"reseeded": true}\n')
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def main() -> None:
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     app = IPKernelApp.instance()
-    app.initialize(["-f", connection_file])
+    app.initialize(["-f", connection_file])  # type: ignore[no-untyped-call]
     threading.Thread(target=_serve, args=(agent,), name="agentvm-reseed", daemon=True).start()
     agent.sendall(json.dumps({"ready": True, "failed": failed}).encode() + b"\n")
     with contextlib.suppress(KeyboardInterrupt):
-        app.start()
+        app.start()  # type: ignore[no-untyped-call]
     sys.stdout.flush()
     os._exit(0)
 

@@ -48,6 +48,9 @@ MAX_REASON: Final = 1024
 MAX_RPC_MESSAGE: Final = 16 * 1024 * 1024
 MAX_JSON_DEPTH: Final = 64
 
+_TABLES: Final = [struct.Struct(f">{count}I") for count in range(16)]
+"""Ready-made for the common numbers of parts; looking a format up costs as much as the rest of the work."""
+
 MORE: Final = 1
 """Flag: the message goes on in the next frame of this channel."""
 
@@ -125,10 +128,12 @@ def encode_message(parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
         ValueError: no parts, or too many.
     """
     parts = list(parts)
-    if not 0 < len(parts) <= MAX_PARTS:
-        raise ValueError(f"A message has 1 to {MAX_PARTS} parts, not {len(parts)}.")
+    count = len(parts)
+    if not 0 < count <= MAX_PARTS:
+        raise ValueError(f"A message has 1 to {MAX_PARTS} parts, not {count}.")
     lengths = [len(part) if type(part) is bytes else memoryview(part).nbytes for part in parts]
-    return b"".join((struct.pack(f">{len(parts) + 1}I", len(parts), *lengths), *parts))
+    table = _TABLES[count + 1] if count < 15 else struct.Struct(f">{count + 1}I")
+    return b"".join((table.pack(count, *lengths), *parts))
 
 
 def decode_table(payload: bytes | memoryview) -> tuple[int, ...]:
@@ -143,7 +148,8 @@ def decode_table(payload: bytes | memoryview) -> tuple[int, ...]:
     (count,) = U32.unpack_from(payload)
     if not 0 < count <= MAX_PARTS or 4 + 4 * count > size:
         raise FrameError(f"A message claims {count} parts.")
-    return struct.unpack_from(f">{count}I", payload, 4)
+    table = _TABLES[count] if count < 16 else struct.Struct(f">{count}I")
+    return table.unpack_from(payload, 4)
 
 
 def _refuse_constant(name: str) -> None:

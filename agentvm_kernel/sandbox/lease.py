@@ -120,7 +120,9 @@ async def renew_identity(connection: GuestConnection, machine: "Machine", *, res
     }
     confirmed: dict[str, Any] = await connection.call("renew", wanted, timeout_s=RENEW_TIMEOUT_S)
     missing = [
-        key for key in ("entropy", "time", "hostname", "machine_id", "boot_id", "secret") if confirmed.get(key) is not True
+        key
+        for key in ("entropy", "time", "hostname", "machine_id", "boot_id", "secret")
+        if confirmed.get(key) is not True
     ]
     if missing or (reseed and confirmed.get("reseed") is not True):
         raise MachineLost(

@@ -44,7 +44,9 @@ class Notebook:
 
         def on_output(message: dict[str, Any]) -> None:
             content = message["content"]
-            shown.append(content.get("text") or content.get("data", {}).get("text/plain", "") or content.get("evalue", ""))
+            shown.append(
+                content.get("text") or content.get("data", {}).get("text/plain", "") or content.get("evalue", "")
+            )
 
         reply = self.client.execute_interactive(code, timeout=timeout_s, output_hook=on_output, allow_stdin=False)
         return reply["content"], "".join(shown)
@@ -59,7 +61,9 @@ class Notebook:
 def qemu_of(machine: str) -> int:
     """Process id of the QEMU that runs a machine."""
     for process in psutil.process_iter(["name", "cmdline"]):
-        if "qemu" in (process.info["name"] or "") and any(f"guest={machine}," in part for part in process.info["cmdline"] or ()):
+        if "qemu" in (process.info["name"] or "") and any(
+            f"guest={machine}," in part for part in process.info["cmdline"] or ()
+        ):
             return int(process.pid)
     raise AssertionError(f"no QEMU runs {machine}")
 
@@ -92,7 +96,7 @@ def notebook() -> Iterator[Notebook]:
         manager.shutdown_kernel(now=True)
 
 
-@pytest.fixture()
+@pytest.fixture
 def fresh() -> Iterator[Notebook]:
     with notebook() as started:
         started.run("pass", timeout_s=BOOT_S)
