@@ -339,3 +339,38 @@ def test_whatever_the_order_of_consuming_everything_arrives_and_memory_is_bounde
         sender.receive(take(receiver))
     assert arrived == len(to_send)
     assert not any(sender.queued_bytes(channel) for channel in ALL)
+
+
+# Byte streams
+
+
+def test_streams_open_and_close():
+    sender, receiver = Mux(), Mux()
+    for end in (sender, receiver):
+        end.open_channel(16)
+    sender.send(16, [bytes(5 << 20)])
+    sender.send(Channel.SHELL, [bytes(5 << 20)])
+    for _ in range(20):  # the stream holds the right to be put together beyond its window
+        receiver.receive(take(sender, MAX_PAYLOAD))
+        sender.receive(take(receiver))
+    receiver.close_channel(16)
+    sender.close_channel(16)
+    assert [m.channel for m in pump(sender, receiver)] == [Channel.SHELL]
+    receiver.consumed(16, 100)  # late
+    receiver.receive(wire.frame(FrameType.CREDIT, 16, bytes(4)))  # late
+
+
+@pytest.mark.parametrize("channel", [-1, 0, 5, 1 << 16])
+def test_numbers_that_are_no_stream(channel):
+    with pytest.raises(ValueError, match="channel number"):
+        Mux().open_channel(channel)
+
+
+def test_misuse_by_the_owner():
+    mux = Mux()
+    with pytest.raises(ValueError, match="part of every connection"):
+        mux.close_channel(Channel.IOPUB)
+    with pytest.raises(ValueError, match="not received that much"):
+        mux.consumed(Channel.IOPUB, 1)
+    with pytest.raises(ValueError, match="window"):
+        Mux(window=100_000)
