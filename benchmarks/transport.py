@@ -17,7 +17,7 @@ from pathlib import Path
 from agentvm_kernel.transport.address import UnixAddress
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 from guest_runtime import wire
-from guest_runtime.handshake import GuestHandshake
+from guest_runtime.handshake import GuestHandshake, SessionStarted
 from guest_runtime.mux import Message, Mux
 from guest_runtime.wire import Channel
 
@@ -31,12 +31,13 @@ def serve(listener: socket.socket) -> None:
     client, _ = listener.accept()
     client.setblocking(False)
     link = GuestHandshake(SECRET, dict)
+    mux = Mux()
     unsent: list[bytes | memoryview] = []
     blocks = 0
     poller = select.poll()
     while True:
-        while blocks and link.mux.queued_bytes(Channel.IOPUB) < wire.WINDOW:
-            link.mux.send(Channel.IOPUB, BLOCK)
+        while blocks and mux.queued_bytes(Channel.IOPUB) < wire.WINDOW:
+            mux.send(Channel.IOPUB, BLOCK)
             blocks -= 1
         poller.register(client, select.POLLIN | (select.POLLOUT if unsent or link.writable else 0))
         ((_, happened),) = poller.poll()
@@ -45,18 +46,20 @@ def serve(listener: socket.socket) -> None:
             if not data:
                 return
             for event in link.feed(data):
+                if isinstance(event, SessionStarted):
+                    mux = event.mux
                 if not isinstance(event, Message):
                     continue
                 if event.channel == Channel.RPC:
                     request = wire.load_json(event.parts[0])
                     blocks += request.get("params", 0)
                     answer = {"jsonrpc": "2.0", "id": request["id"], "result": None}
-                    link.mux.send(Channel.RPC, [wire.dump_json(answer)])
+                    mux.send(Channel.RPC, [wire.dump_json(answer)])
                 elif len(event.parts) == len(SMALL):
-                    link.mux.send(event.channel, event.parts)
+                    mux.send(event.channel, event.parts)
                 else:
-                    link.mux.send(event.channel, [b"got it"])
-                link.mux.consumed(event.channel, event.size)
+                    mux.send(event.channel, [b"got it"])
+                mux.consumed(event.channel, event.size)
         unsent = unsent or link.data_to_send()
         if unsent:
             try:

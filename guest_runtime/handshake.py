@@ -28,16 +28,16 @@ connection until it ends)::
             data = os.read(fd, 262144)          # b"" or an error on a vsock connection: drop the link.
             for event in link.feed(data):       # virtio-serial, host gone: link.end_session("host disconnected")
                 match event:
-                    case SessionStarted():      # event.mux is link.mux from now on
-                    case SessionLost():         # event.reason; link.mux is None until the next SessionStarted
+                    case SessionStarted():
+                        mux = event.mux         # keep it: while old events are handled, link.mux may be a newer one
+                    case SessionLost():         # event.reason
+                        mux = None              # until the next SessionStarted
                     case Message():             # from mux.py: event.channel, event.parts, event.size
-                        ...
-                        link.mux.consumed(event.channel, event.size)
+                        ...                     # mux.send(Channel.IOPUB, parts), here or anywhere else
+                        mux.consumed(event.channel, event.size)
         if writable:
             unsent = unsent or link.data_to_send(65536)
             unsent = drop_written(unsent, os.writev(fd, unsent[:IOV_MAX]))
-
-    link.mux.send(Channel.IOPUB, parts)         # anywhere in between, while there is a session
 
 `feed` never raises for anything that the peer sent. After SessionLost and SessionStarted in one `feed`, events that
 follow belong to the new session. `link.secret = new` holds from the next handshake on and does not touch the session.
@@ -148,7 +148,7 @@ class GuestHandshake:
 
     Attributes:
         secret: may be replaced at any time; counts from the next handshake on.
-        mux: of the session, or None.
+        mux: of the session that stands after the last `feed`, or None.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import threading
 
 from guest_runtime import wire
 from guest_runtime.handshake import GuestHandshake, SessionLost, SessionStarted
+from guest_runtime.mux import Mux
 from guest_runtime.wire import Channel
 
 SECRET = bytes(range(32))
@@ -28,8 +29,8 @@ class GuestEnd:
         self.secret = secret
         self.serial = serial
         self.link = self._new_link()
+        self.mux: Mux | None = None
         self.events: list[object] = []
-        self.taken = 0  # bytes of IOPUB that the mux has let go of
         self.flood_left = 0
         self.flood_part = b""
         self.unsent: list[bytes | memoryview] = []
@@ -61,6 +62,7 @@ class GuestEnd:
             client, _ = self.listener.accept()
             if not self.serial:
                 self.link = self._new_link()
+                self.mux = None
             with client, contextlib.suppress(ConnectionError):
                 if self._serve(client):
                     return
@@ -103,13 +105,14 @@ class GuestEnd:
         for event in self.link.feed(data):
             if isinstance(event, SessionStarted | SessionLost):
                 self.events.append(event)
+                self.mux = event.mux if isinstance(event, SessionStarted) else None
                 continue
             if event.channel == Channel.RPC:
                 self._call(wire.load_json(event.parts[0]))
             else:
                 self.received.append((event.channel, event.parts))
-                self.link.mux.send(event.channel, event.parts)  # echo
-            self.link.mux.consumed(event.channel, event.size)
+                self.mux.send(event.channel, event.parts)  # echo
+            self.mux.consumed(event.channel, event.size)
 
     def _call(self, request: dict) -> None:
         answer = {"jsonrpc": "2.0", "id": request["id"]}
@@ -122,28 +125,26 @@ class GuestEnd:
             case "silent":
                 return
             case "notify":
-                self.link.mux.send(
-                    Channel.RPC, [wire.dump_json({"jsonrpc": "2.0", "method": "event", "params": params})]
-                )
+                self.mux.send(Channel.RPC, [wire.dump_json({"jsonrpc": "2.0", "method": "event", "params": params})])
                 answer["result"] = None
             case "raw":  # send whatever the test wants, outside all rules
                 self.unsent += [*self.link.data_to_send(1 << 30), bytes.fromhex(params)]
                 return
             case "raw_rpc":
-                self.link.mux.send(Channel.RPC, [bytes.fromhex(params)])
+                self.mux.send(Channel.RPC, [bytes.fromhex(params)])
                 return
             case "close":
-                self.link.mux.close("guest shuts down")
+                self.mux.close("guest shuts down")
                 return
             case "flood":
                 self.flood_left = params["count"]
                 self.flood_part = bytes(params["size"])
                 answer["result"] = None
-        self.link.mux.send(Channel.RPC, [wire.dump_json(answer)])
+        self.mux.send(Channel.RPC, [wire.dump_json(answer)])
 
     def _refill(self) -> None:
         """Keep some of the flood queued, as the agent does."""
-        mux = self.link.mux
+        mux = self.mux
         while mux is not None and self.flood_left and mux.queued_bytes(Channel.IOPUB) < 1 << 20:
             mux.send(Channel.IOPUB, [b"header", self.flood_part])
             self.flood_left -= 1

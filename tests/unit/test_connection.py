@@ -365,7 +365,7 @@ async def test_too_much_is_refused_before_it_is_sent(guest, path):
 async def test_byte_stream_channels(guest, path):
     connection = await connect(path)
     await connection.call("ping")
-    guest.link.mux.open_channel(16)
+    guest.mux.open_channel(16)
     connection.open_channel(16)
     echoed: asyncio.Queue[list[bytes]] = asyncio.Queue()
     connection.on_message[16] = echoed.put_nowait

@@ -358,3 +358,14 @@ def test_no_noise_upsets_the_host(noise):
     guest = new_guest()
     join(guest, host)
     assert works(guest, host)
+
+
+def test_messages_in_front_of_the_end_of_their_session_are_delivered():
+    guest, host = new_guest(), HostHandshake(SECRET)
+    join(guest, host)
+    host.mux.send(Channel.CONTROL, [b"interrupt"])
+    stream = take(host.mux)
+    host.mux.close("done")
+    message, lost = guest.feed(stream + take(host.mux))
+    assert message.parts == [b"interrupt"]
+    assert isinstance(lost, SessionLost)
