@@ -320,7 +320,7 @@ class HostHandshake:
                     return b"", self.mux.receive(rest) if rest else []
             elif payload[:NONCE_SIZE] == self._nonce:  # otherwise meant for an earlier host
                 if kind is FrameType.REFUSED:
-                    raise HandshakeError(f"The guest refused: {str(payload[NONCE_SIZE:], 'utf-8', 'replace')}.")
+                    raise HandshakeError(f"The guest refused: {wire.decode_reason(payload[NONCE_SIZE:])}.")
                 answer = self._prove(payload[NONCE_SIZE : 2 * NONCE_SIZE], payload[2 * NONCE_SIZE :]) or answer
         return answer, []
 

@@ -285,7 +285,7 @@ class Mux:
                 elif kind == _CREDIT:
                     self._credit(number, flags, payload)
                 elif kind == _CLOSE and length <= wire.MAX_REASON:
-                    self.closed = str(payload, "utf-8", "replace")
+                    self.closed = wire.decode_reason(payload)
                     self._unparsed = data[stop:]
                     return messages
                 elif kind != _CHALLENGE or not self._skip_challenges:

@@ -152,6 +152,12 @@ def decode_table(payload: bytes | memoryview) -> tuple[int, ...]:
     return table.unpack_from(payload, 4)
 
 
+def decode_reason(payload: bytes | memoryview) -> str:
+    """Return a reason that the peer gives, safe to print: no control characters, so no escape sequences."""
+    text = str(payload, "utf-8", "replace")
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 

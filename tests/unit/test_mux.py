@@ -252,6 +252,12 @@ def test_close_goes_first_and_ends_receiving():
     assert receiver.closed == "done"
 
 
+def test_a_reason_is_safe_to_print():
+    mux = Mux()
+    mux.receive(wire.frame(FrameType.CLOSE, 0, b"\x1b[2Jgone\n\xff"))
+    assert mux.closed == "\ufffd[2Jgone\ufffd\ufffd"
+
+
 # Credit
 
 
