@@ -85,9 +85,9 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
     try:
         connection = await open_connection(machine.address, machine.secret, timeout_s=settings.boot_timeout_s)
         try:
-            await renew_identity(connection, machine, reseed=True)
             say("Waiting for the Python kernel in the machine")
             await connection.call("kernel.wait", timeout_s=settings.boot_timeout_s)
+            await renew_identity(connection, machine, reseed=True)
         except BaseException:
             await connection.close()
             raise
