@@ -1,7 +1,8 @@
-"""Builds a guest image from a spec: Debian by mmdebstrap, Python packages by the host's pip, byte-compiled by the guest's Python.
+"""Builds a guest image from a spec: Debian by mmdebstrap, Python packages by the host's pip, byte code by the guest's Python.
 
-Everything happens in a folder of its own that is renamed into place when it is complete, so a build that fails, is interrupted or
-killed leaves nothing that could be taken for an image. Needs root, since the guest's files belong to the guest's users.
+Everything happens in a folder of its own that is renamed into place when it is complete, so a build that fails, is
+interrupted or killed leaves nothing that could be taken for an image. Needs root, since the guest's files belong to the
+guest's users. Imports pydantic (through the spec): the kernel process finds its image with `store` instead.
 """
 
 import fcntl
@@ -10,49 +11,52 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
+import tempfile
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from agentvm_kernel import paths
 from agentvm_kernel.errors import ImageError
 from agentvm_kernel.image import initramfs, store
+from agentvm_kernel.image.python_packages import PythonPackages
 from agentvm_kernel.image.spec import ImageSpec
 from agentvm_kernel.image.store import Image
+from agentvm_kernel.image.tools import ToolError, chroot, run, terminable
 
-RECIPE = 1
+RECIPE = 3
 """Raised whenever the same spec must give another image than before."""
 
 OnProgress = Callable[[str, float, str], None]
 """Called with the stage, how much of the whole build is done (0 to 1) and what is happening right now."""
 
-PREFIX = "opt/notebook"
+REQUIRED_BYTES = 3 * 1024**3
 USER = "notebook"
 USER_ID = 1000
-REQUIRED_BYTES = 4 * 1024**3
-# Any glibc up to Debian 12's 2.36 (https://peps.python.org/pep-0600/).
-PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (36, 34, 31, 28, 27, 24, 17)), "manylinux2014_x86_64")
-NAMESPACE = uuid.UUID("6a1fd1fc-5ad1-4f0e-a4f5-9a0b6c2f7d11")
-_KEPT_LINES = 12
-_UNNEEDED = ("usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/info/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/log/*", "boot/initrd.img*", "boot/System.map*")  # fmt: skip
+# nss-myhostname: a clone gets a new name, and sudo must find it without asking anybody.
+_ALWAYS = ("busybox-static", "kmod", "libnss-myhostname", "python3", "sudo")
+_NAMESPACE = uuid.UUID("6a1fd1fc-5ad1-4f0e-a4f5-9a0b6c2f7d11")
+_EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
+_UNNEEDED = ("usr/share/doc/*", "var/lib/apt/lists/*", "var/log/*", "boot/initrd.img*", "boot/System.map*")
 
 
 def image_digest(spec: ImageSpec) -> str:
-    """Return the digest of the image that a spec gives: 64 hexadecimal digits."""
+    """Return the digest of the image that a spec gives: 64 hexadecimal digits.
+
+    The guest runtime has no part in it: machines get it at boot.
+    """
     parts = {"recipe": RECIPE, "init": initramfs.init_digest(), "spec": spec.model_dump(mode="json")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def build_image(spec: ImageSpec, *, on_progress: OnProgress | None = None, required_bytes: int = REQUIRED_BYTES) -> Image:
+def build_image(
+    spec: ImageSpec, *, on_progress: OnProgress | None = None, required_bytes: int = REQUIRED_BYTES
+) -> Image:
     """Return the image of a spec, built unless it is there already.
 
-    Several processes that want the same image build it once; the others wait.
+    Builds take turns: several processes that want the same image build it once.
 
     Args:
         spec: what to build.
@@ -62,172 +66,177 @@ def build_image(spec: ImageSpec, *, on_progress: OnProgress | None = None, requi
     Raises:
         ImageError: a tool, package, requirement, right or disk space is missing; nothing is left behind.
     """
+    report = on_progress or (lambda stage, done, detail: None)
     digest = image_digest(spec)
-    images = store.images_dir()
-    with _locked(images / f".lock-{digest[:16]}"):
-        ready = [image for image in store.list_images() if image.digest == digest]
-        if ready:
-            return ready[0]
-        _check_host(images, required_bytes)
-        _remove_abandoned(images)
-        work = images / f".building-{os.getpid()}-{digest[:8]}"
-        work.mkdir(mode=0o700)
-        try:
-            with _terminable():
-                _Build(spec, digest, work, on_progress or (lambda stage, done, detail: None)).run()
-            work.chmod(0o711)
-            shutil.rmtree(images / digest, ignore_errors=True)  # damaged, or it would have been found
-            work.rename(images / digest)
-        except OSError as error:
-            raise ImageError(
-                f"The image {spec.name!r} could not be built: {error.strerror or error}.",
-                hint=f"Nothing was left behind. See how much space there is with: df -h {images}",
-            ) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    if (ready := store.with_digest(digest)) is not None:
+        return ready
+    _check_host()
+    try:
+        images = store.images_dir()
+        with _locked(images / ".lock", report):
+            if (ready := store.with_digest(digest)) is not None:
+                return ready
+            _remove_abandoned(images)
+            _check_space(images, required_bytes)
+            work = Path(tempfile.mkdtemp(prefix=".building-", dir=images))
+            try:
+                with terminable():
+                    _Build(spec, digest, work, report).run()
+                work.chmod(0o755)
+                shutil.rmtree(images / digest, ignore_errors=True)  # damaged, or it would have been found
+                work.rename(images / digest)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except ToolError as error:
+        raise ImageError(
+            f"The image {spec.name!r} could not be built: {error.message}",
+            hint=f"{error.hint} Nothing was left behind.",
+        ) from error
+    except OSError as error:
+        raise ImageError(
+            f"The image {spec.name!r} could not be built: {error}.",
+            hint=f"Nothing was left behind. See how much space there is with: df -h {paths.cache_dir()}",
+        ) from error
+    report("Done", 1.0, "")
     return store.find(digest)
 
 
 class _Build:
-    """One build, in its own folder."""
+    """One build, in a folder of its own."""
 
-    def __init__(self, spec: ImageSpec, digest: str, work: Path, on_progress: OnProgress) -> None:
+    def __init__(self, spec: ImageSpec, digest: str, work: Path, report: OnProgress) -> None:
         self.spec = spec
         self.digest = digest
         self.work = work
         self.root = work / "root"
-        self.report = on_progress
+        self.report = report
 
     def run(self) -> None:
-        self._debian()
-        version = self._python_version()
-        self._configure(version)
-        self._packages(version)
-        self._compile(version)
-        self._pack(version)
+        self._install_debian()
+        python = self._find_python()
+        self._configure()
+        self._install_python_packages(python)
+        self._clean()
+        self._copy_kernel()
+        self._make_disk()
+        self._finish(python)
 
-    def _debian(self) -> None:
-        packages = ",".join(sorted({*self.spec.packages, "busybox-static", "kmod", "python3", "sudo", self.spec.kernel}))
-        seen = 0
+    def _install_debian(self) -> None:
+        phase, total, seen = 0, 100, 0
 
         def on_line(line: str) -> None:
-            nonlocal seen
-            seen += 1
-            self.report("Debian", 0.02 + 0.38 * min(1.0, seen / 14), line.removeprefix("I: "))
+            # apt's and dpkg's own words. There are two rounds: essential packages, then the others.
+            nonlocal phase, total, seen
+            if match := re.search(r"(\d+) newly installed", line):
+                phase, total, seen = phase + 1, max(1, int(match[1])), 0
+            elif phase and line.startswith(("Get:", "Unpacking ", "Setting up ")):
+                seen += 1
+                part = min(1.0, seen / (3 * total))
+                self.report("Debian", 0.02 + 0.18 * part if phase == 1 else 0.2 + 0.29 * part, line)
 
-        # The kernel's own initramfs is not used: not building it saves a quarter of the time.
-        self._tool(
-            ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={packages}",
-             "--aptopt=Acquire::Languages \"none\"", "--dpkgopt=path-exclude=/usr/share/man/*",
-             "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
-             self.spec.suite, str(self.root)],
-            "Debian", "Check the names of suite and packages in the spec, and the network.",
-            on_line=on_line, environment={"INITRD": "No"},
+        self.report("Debian", 0.01, self.spec.suite)
+        run(
+            [
+                "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase", "--verbose",
+                f"--include={','.join(sorted({*self.spec.packages, *_ALWAYS, self.spec.kernel}))}",
+                '--aptopt=Acquire::Languages "none"', *(f"--dpkgopt=path-exclude={path}" for path in _EXCLUDED),
+                self.spec.suite, str(self.root),
+            ],
+            cwd=self.work,
+            hint="Check the suite and the packages in the spec, the network and Debian's keys (debian-archive-keyring).",
+            on_line=on_line,
+            environment={"INITRD": "No"},  # Debian's own initramfs is not used, and takes a quarter of the time
         )  # fmt: skip
 
-    def _python_version(self) -> str:
+    def _find_python(self) -> str:
+        """Return the guest's Python version, such as "3.11"."""
         target = os.readlink(self.root / "usr/bin/python3")
-        match = re.fullmatch(r"python(3\.\d+)", target)
-        if match is None:
-            raise ImageError(f"The guest's python3 is {target!r}, which is not a Python that is known here.")
+        match = re.fullmatch(r"python(3\.(\d+))", target)
+        if match is None or int(match[2]) < 11:
+            raise ImageError(
+                f"The Python of Debian {self.spec.suite} is {target!r}, but the guest needs Python 3.11 or later.",
+                hint="Use the suite bookworm or a later one.",
+            )
         return match[1]
 
-    def _configure(self, version: str) -> None:
-        self.report("Users and settings", 0.41, "")
-        root = self.root
-        self._chroot(["/usr/sbin/useradd", "--create-home", "--uid", str(USER_ID), "--shell", "/bin/bash", USER], "user")
+    def _configure(self) -> None:
+        self.report("Settings", 0.49, "")
+        user = ["useradd", "--create-home", "--uid", str(USER_ID), "--shell", "/bin/bash", USER]
+        chroot(self.root, user, "Use the suite bookworm or a later one.")
+        (self.root / "dev/shm").chmod(0o1777)  # as in a running system: compiling in several processes needs it
         self._write("etc/sudoers.d/notebook", f"{USER} ALL=(ALL:ALL) NOPASSWD:ALL\n", mode=0o440)
         self._write("etc/hostname", "agentvm\n")
-        self._write("etc/hosts", "127.0.0.1 localhost agentvm\n::1 localhost\n")
+        self._write("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
         self._write("etc/resolv.conf", "")
         self._write("etc/machine-id", "")
-        prefix = root / PREFIX
-        for name in ("bin", f"lib/python{version}/site-packages"):
-            (prefix / name).mkdir(parents=True)
-        # A virtual environment (https://docs.python.org/3/library/venv.html) made by hand: no pip runs in the guest.
-        (prefix / "pyvenv.cfg").write_text(f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n")
-        for name in ("python", "python3", f"python{version}"):
-            (prefix / "bin" / name).symlink_to("/usr/bin/python3")
 
-    def _packages(self, version: str) -> None:
-        site = self.root / PREFIX / f"lib/python{version}/site-packages"
-        count = 0
+    def _install_python_packages(self, python: str) -> None:
+        packages = PythonPackages(self.root, python, self.work, user=(USER_ID, f"/home/{USER}"))
+        packages.make_environment()
 
-        def on_line(line: str) -> None:
-            nonlocal count
-            if line.startswith(("Collecting", "Installing")):
-                count += 1
-                self.report("Python packages", 0.43 + 0.27 * (1 - 0.97**count), line)
+        def on_progress(part: float, line: str) -> None:
+            self.report("Python packages", 0.5 + 0.3 * part, line)
 
-        self._tool(
-            [sys.executable, "-m", "pip", "install", "--target", str(site), "--python-version", version,
-             "--implementation", "cp", *(part for name in PLATFORMS for part in ("--platform", name)),
-             "--only-binary=:all:", "--no-compile", "--disable-pip-version-check", "--root-user-action=ignore",
-             "--progress-bar=off", *self.spec.requirements],
-            "Python packages", "Check the requirements in the spec (there must be wheels for them), and the network.",
-            on_line=on_line,
-        )  # fmt: skip
-        if (site / "bin").is_dir():
-            for script in (site / "bin").iterdir():
-                data = script.read_bytes()
-                script.write_bytes(re.sub(rb"\A#!.*\n", b"#!/opt/notebook/bin/python3\n", data))
-                shutil.move(script, self.root / PREFIX / "bin" / script.name)
-            (site / "bin").rmdir()
-        if (site / "share").is_dir():
-            shutil.copytree(site / "share", self.root / PREFIX / "share", dirs_exist_ok=True)
-            shutil.rmtree(site / "share")
+        packages.install(self.spec.requirements, on_progress)
+        self.report("Byte code", 0.8, "compiling with the guest's Python")
+        packages.compile()
+        self.report("Byte code", 0.88, "warming caches")
+        packages.warm()
 
-    def _compile(self, version: str) -> None:
-        self.report("Byte code", 0.70, "compiling with the guest's Python")
-        site = f"/{PREFIX}/lib/python{version}/site-packages"
-        # Timestamps, not hashes: a checked hash makes every import read the source as well.
-        self._chroot([f"/{PREFIX}/bin/python3", "-m", "compileall", "-q", "--invalidation-mode", "timestamp", site], "byte code",
-                     fine=(0, 1))  # fmt: skip
-        if any((self.root / site.lstrip("/")).glob("matplotlib/__init__.py")):
-            self.report("Byte code", 0.84, "matplotlib's font cache")
-            self._chroot([f"/{PREFIX}/bin/python3", "-c", "import matplotlib.font_manager"], "font cache", user=True)
-        self._chroot(["/bin/chown", "-R", f"{USER}:{USER}", f"/{PREFIX}"], "owner")
-
-    def _pack(self, version: str) -> None:
-        self.report("Disk", 0.86, "cleaning up")
+    def _clean(self) -> None:
         for pattern in _UNNEEDED:
             for path in self.root.glob(pattern):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+    def _copy_kernel(self) -> None:
         kernel = max(self.root.glob("boot/vmlinuz-*"), default=None)
         if kernel is None:
-            raise ImageError(f"The package {self.spec.kernel!r} brought no kernel.", hint="Name a linux-image-… package.")
+            hint = "Name a linux-image-… package."
+            raise ImageError(f"The package {self.spec.kernel!r} brought no kernel.", hint=hint)
         shutil.copyfile(kernel, self.work / store.KERNEL)
         modules = self.root / "usr/lib/modules" / kernel.name.removeprefix("vmlinuz-")
         (self.work / store.INITRAMFS).write_bytes(initramfs.image_initramfs(self.root, modules))
+
+    def _make_disk(self) -> None:
+        full = f"See how much space there is with: df -h {self.work.parent}"
+        identity = str(uuid.uuid5(_NAMESPACE, self.digest))
         raw = self.work / "root.raw"
         with raw.open("wb") as file:
             file.truncate(self.spec.disk_gib * 1024**3)
-        identity = str(uuid.uuid5(NAMESPACE, self.digest))
-        self.report("Disk", 0.88, "making the file system")
-        self._tool(
-            ["mke2fs", "-q", "-t", "ext4", "-m", "1", "-U", identity, "-E", f"hash_seed={identity},lazy_itable_init=1",
-             "-d", str(self.root), str(raw)],
-            "file system", "See how much space there is with: df -h",
-        )  # fmt: skip
-        self.report("Disk", 0.94, "converting to qcow2")
-        self._tool(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(self.work / store.DISK)], "disk", "")
-        raw.unlink()
+        self.report("Disk", 0.9, "making the file system")
+        options = f"hash_seed={identity},lazy_itable_init=1,lazy_journal_init=1"
+        run(
+            ["mke2fs", "-q", "-t", "ext4", "-m", "1", "-U", identity, "-E", options, "-d", str(self.root), str(raw)],
+            cwd=self.work,
+            hint=f"Perhaps the packages need more than disk_gib = {self.spec.disk_gib}. {full}",
+        )
         shutil.rmtree(self.root)
-        for name in (store.DISK, store.KERNEL, store.INITRAMFS):
-            (self.work / name).chmod(0o444)
+        self.report("Disk", 0.95, "converting to qcow2")
+        convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(self.work / store.DISK)]
+        run(convert, cwd=self.work, hint=full)
+        raw.unlink()
+
+    def _finish(self, python: str) -> None:
+        """Write the manifest, last, and get everything onto the disk before the folder's name says that it is complete."""
         manifest = {
             "digest": self.digest,
             "name": self.spec.name,
-            "python_version": version,
+            "python_version": python,
             "preload": list(self.spec.preload),
             "created": time.time(),
             "spec": self.spec.model_dump(mode="json"),
         }
-        (self.work / store.MANIFEST).write_text(json.dumps(manifest, indent=1))
-        self.report("Done", 1.0, "")
+        (self.work / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in self.work.iterdir():
+            if not path.is_file():
+                shutil.rmtree(path)
+                continue
+            path.chmod(0o444)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def _write(self, name: str, text: str, *, mode: int = 0o644) -> None:
         path = self.root / name
@@ -235,91 +244,41 @@ class _Build:
         path.write_text(text)
         path.chmod(mode)
 
-    def _chroot(self, command: list[str], what: str, *, user: bool = False, fine: tuple[int, ...] = (0,)) -> None:
-        home = f"/home/{USER}" if user else "/root"
-        who = ["--userspec", f"{USER_ID}:{USER_ID}"] if user else []
-        clean = ["env", "-i", f"HOME={home}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
-        self._tool(["chroot", *who, str(self.root), *clean, *command], what, "", fine=fine)
 
-    def _tool(
-        self,
-        command: Sequence[str],
-        what: str,
-        hint: str,
-        *,
-        on_line: Callable[[str], None] = lambda line: None,
-        environment: Mapping[str, str] | None = None,
-        fine: tuple[int, ...] = (0,),
-    ) -> None:
-        """Run one tool to its end, or raise an ImageError with the last lines that it printed."""
-        last: deque[str] = deque(maxlen=_KEPT_LINES)
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env={**os.environ, **(environment or {})}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            for line in map(str.strip, process.stdout):
-                if line:
-                    last.append(line)
-                    on_line(line)
-            code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)  # mmdebstrap cleans up after itself, mounts included
-            process.wait()
-            raise
-        if code not in fine:
-            if any("No space left on device" in line for line in last):
-                hint = f"The disk is full: free some space in {self.work.parent} and try again."
-            said = "\n  ".join(last)
-            raise ImageError(
-                f"The image {self.spec.name!r} could not be built: {Path(command[0]).name} failed ({what}).",
-                hint=f"{hint} Nothing was left behind. It said:\n  {said}".strip(),
-            )
-
-
-def _check_host(images: Path, required_bytes: int) -> None:
+def _check_host() -> None:
     if os.geteuid() != 0:
-        raise ImageError("Building a guest image needs root.", hint="Run: sudo agentvm image build")
-    for tool, package in (("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("qemu-img", "qemu-utils")):
-        if shutil.which(tool) is None:
-            raise ImageError(f"{tool} is not installed.", hint=f"Run: apt-get install {package}")
+        raise ImageError("Building a guest image needs root.", hint="Run once, for all users: sudo agentvm image build")
+    tools = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "qemu-img": "qemu-utils", "unshare": "util-linux"}
+    missing = [package for tool, package in tools.items() if shutil.which(tool) is None]
+    if missing:
+        raise ImageError(
+            f"Building a guest image takes tools that are not installed: {', '.join(missing)}.",
+            hint=f"Run: apt-get install {' '.join(missing)}",
+        )
+
+
+def _check_space(images: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(images).free
     if free < required_bytes:
+        needed, there = (f"{count / 1024**3:.1f} GiB" for count in (required_bytes, free))
         raise ImageError(
-            f"Building an image takes {required_bytes / 1024**3:.1f} GiB of disk, but {images} has {free / 1024**3:.1f} GiB free.",
-            hint=f"Free some space, or set AGENTVM_CACHE_DIR to a larger disk (now {paths.cache_dir()}).",
+            f"Building an image takes {needed} of disk space, but {images} has {there} free.",
+            hint="Free some space, or set AGENTVM_CACHE_DIR to a folder on a larger disk.",
         )
 
 
 def _remove_abandoned(images: Path) -> None:
-    """Remove what killed builds left."""
+    """Remove what killed builds left: whoever holds the lock is the only one who builds."""
     for folder in images.glob(".building-*"):
-        pid = folder.name.split("-")[1]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, report: OnProgress) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("Waiting", 0.0, "another process is building an image")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a terminated build cleans up as an interrupted one does."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: its owner handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,7 @@
 # First program of a guest: loads the modules that the root file system needs, mounts it and hands over to the runtime.
 # The host appends /agentvm (runtime, secret, boot.json) to this initramfs for every machine.
 fail() {
-    echo "agentvm: the guest cannot boot: $*" >/dev/console
+    echo "agentvm: the guest cannot boot: $*"
     /bin/busybox poweroff -f
 }
 /bin/busybox --install -s /bin
@@ -10,8 +10,9 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev || fail "no devtmpfs"
+exec </dev/console >/dev/console 2>&1
 while read -r module; do
-    insmod "/modules/$module" || echo "agentvm: module $module did not load" >/dev/console
+    insmod "/modules/$module" || echo "agentvm: module $module did not load"
 done </modules/order
 tries=0
 until [ -b /dev/vda ]; do

@@ -17,10 +17,10 @@ from typing import Any
 from agentvm_kernel.errors import ImageError
 from agentvm_kernel.image.store import Image
 
-# What a guest needs before its root file system is mounted, and the transports, so that no modprobe is needed later.
-BOOT_MODULES = (
-    "virtio_pci", "virtio_blk", "ext4", "virtio_console", "virtio_rng", "vmw_vsock_virtio_transport", "virtio_net",
-)  # fmt: skip
+# What a guest needs before its root file system is mounted, and what would need a modprobe later. virtio_ring comes
+# before anything of virtio; modules.dep alone does not say so for every kernel.
+NEEDED_MODULES = ("virtio_ring", "virtio_pci", "virtio_blk", "ext4", "virtio_console")
+USEFUL_MODULES = ("virtio_rng", "vmw_vsock_virtio_transport", "virtio_net")
 
 
 def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
@@ -41,7 +41,9 @@ def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
 
 
 def module_order(modules: Path) -> list[str]:
-    """Return the files of BOOT_MODULES and what they depend on, in the order in which to load them.
+    """Return the files of the modules above and of what they depend on, in the order in which to load them.
+
+    Formats: modules.dep(5), depmod.d(5) for soft dependencies.
 
     Args:
         modules: /lib/modules/VERSION of the guest, with modules.dep and modules.builtin.
@@ -55,20 +57,32 @@ def module_order(modules: Path) -> list[str]:
         depends[path] = rest.split()
     by_name = {_module_name(path): path for path in depends}
     builtin = {_module_name(line) for line in (modules / "modules.builtin").read_text().splitlines()}
+    # "softdep ext4 pre: crc32c post: other", where crc32c is an alias: "alias crc32c crc32c_generic".
+    wanted_before: dict[str, list[str]] = {}
+    soft = _text(modules / "modules.softdep")
+    for name, words in re.findall(r"^softdep (\S+) .*?pre: (.*?)(?: post:.*)?$", soft, re.M):
+        wanted_before.setdefault(_module_name(name), []).extend(words.split())
+    aliases = dict(re.findall(r"^alias (\S+) (\S+)$", _text(modules / "modules.alias"), re.M))
     order: list[str] = []
+    visited: set[str] = set()
 
     def add(path: str) -> None:
+        if path in visited:
+            return
+        visited.add(path)
+        for word in wanted_before.get(_module_name(path), ()):
+            name = _module_name(word)
+            if found := by_name.get(name) or by_name.get(_module_name(aliases.get(word, ""))):
+                add(found)
         for needed in depends[path]:
             add(needed)
-        if path not in order:
-            order.append(path)
+        order.append(path)
 
-    # virtio_ring must be there before anything of virtio; modules.dep alone does not say so for every kernel.
-    for name in ("virtio_ring", *BOOT_MODULES):
+    for name in (*NEEDED_MODULES, *USEFUL_MODULES):
         if name in by_name:
             add(by_name[name])
-        elif name not in builtin:
-            raise ImageError(f"The guest's kernel in {modules} has no module {name}.", hint="Choose another kernel package.")
+        elif name in NEEDED_MODULES and name not in builtin:
+            raise ImageError(f"The guest's kernel {modules.name} has no module {name}.", hint="Choose another kernel.")
     return order
 
 
@@ -117,7 +131,7 @@ def machine_initrd(image: Image, boot: dict[str, Any], secret: bytes) -> bytes:
 
 @lru_cache(maxsize=1)
 def runtime_digest() -> str:
-    """SHA-256 of what a machine runs beside its image: the guest runtime. Templates depend on it."""
+    """Return the SHA-256 of what a machine runs beside its image: the guest runtime. Templates depend on it."""
     digest = hashlib.sha256()
     for name, data in _runtime_files():
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
@@ -125,7 +139,7 @@ def runtime_digest() -> str:
 
 
 def init_digest() -> str:
-    """SHA-256 of the init script, a part of every image."""
+    """Return the SHA-256 of the init script, a part of every image."""
     return hashlib.sha256(_init_script()).hexdigest()
 
 
@@ -148,4 +162,8 @@ def _module(path: Path) -> bytes:
         return path.read_bytes()
     if path.suffix == ".xz":
         return lzma.decompress(path.read_bytes())
-    raise ImageError(f"Kernel module {path.name} is compressed in a way that is not supported.", hint="Use a Debian kernel.")
+    raise ImageError(f"Kernel module {path.name} is compressed in an unknown way.", hint="Choose a kernel of Debian.")
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

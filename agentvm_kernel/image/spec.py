@@ -16,7 +16,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 # https://www.debian.org/doc/debian-policy/ch-controlfields.html#source
 Package = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+$", max_length=128)]
 # A requirement by name (PEP 508), never an option, a path or a URL: those would not be the same tomorrow.
-Requirement = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._, -]+\])?[A-Za-z0-9.,<>=!~* ]*$")]
+_REQUIREMENT = r"^[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._, -]+\])?[A-Za-z0-9.,<>=!~* ]*$"
+Requirement = Annotated[str, StringConstraints(pattern=_REQUIREMENT, max_length=200)]
 Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$", max_length=128)]
 
 

@@ -1,9 +1,12 @@
 """The guest images on this host. Standard library only: the kernel process finds its image through this module.
 
-An image is a folder `images/<digest>` in the cache with `root.qcow2`, `vmlinuz`, `initramfs` and `manifest.json`, which is written last.
+An image is a folder `images/<digest>` in the cache with `root.qcow2`, `vmlinuz`, `initramfs` and `manifest.json`. A normal
+user also sees root's images, so that one `sudo agentvm image build` serves everybody.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ MANIFEST = "manifest.json"
 DISK = "root.qcow2"
 KERNEL = "vmlinuz"
 INITRAMFS = "initramfs"
+SHARED = Path("/var/cache/agentvm/images")
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,31 @@ class Image:
 
 
 def images_dir() -> Path:
-    """The folder that holds one folder for each image."""
+    """Return the folder in which this user's builds put one folder for each image."""
     folder = paths.cache_dir() / "images"
-    folder.mkdir(mode=0o711, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)  # whatever the umask is: QEMU's user and other users must get at the images
     return folder
 
 
 def list_images() -> list[Image]:
     """Return all complete images, newest first."""
-    found = [image for manifest in images_dir().glob(f"[0-9a-f]*/{MANIFEST}") if (image := _read(manifest)) is not None]
-    return sorted(found, key=lambda image: image.created, reverse=True)
+    folders = [images_dir()]
+    if "AGENTVM_CACHE_DIR" not in os.environ:
+        folders.append(SHARED)
+    found = {
+        image.digest: image
+        for folder in reversed(folders)
+        for manifest in folder.glob(f"[0-9a-f]*/{MANIFEST}")
+        if (image := _read(manifest)) is not None
+    }
+    return sorted(found.values(), key=lambda image: image.created, reverse=True)
+
+
+def with_digest(digest: str) -> Image | None:
+    """Return the image with exactly this digest, if it is there."""
+    return next((image for image in list_images() if image.digest == digest), None)
 
 
 def find(name: str) -> Image:
@@ -81,24 +100,29 @@ def remove(name: str, *, in_use: Collection[str] = ()) -> Image:
         in_use: digests that machines or snapshots rest on.
 
     Raises:
-        ImageError: there is no such image, or something rests on it.
+        ImageError: there is no such image, something rests on it, or it belongs to somebody else.
     """
     image = find(name)
+    title = f"{image.name} ({image.digest[:12]})"
     if image.digest in in_use:
+        raise ImageError(f"Image {title} is in use by a machine or snapshot.", hint="See them with: agentvm list")
+    try:
+        (image.folder / MANIFEST).unlink()  # first, so that nobody finds half an image
+        shutil.rmtree(image.folder)
+    except OSError as error:
         raise ImageError(
-            f"Image {image.name} ({image.digest[:12]}) is in use by a machine or snapshot.",
-            hint="See them with: agentvm list",
-        )
-    (image.folder / MANIFEST).unlink()  # first, so that nobody finds half an image
-    shutil.rmtree(image.folder)
+            f"Image {title} in {image.folder} could not be removed: {error.strerror}.",
+            hint="An image that root built is removed with sudo.",
+        ) from error
     return image
 
 
 def _read(manifest: Path) -> Image | None:
+    """Return an image, or nothing where a folder was removed meanwhile, is damaged or is not what its name says."""
+    folder = manifest.parent
     try:
         data: dict[str, Any] = json.loads(manifest.read_text())
-        folder = manifest.parent
-        return Image(
+        image = Image(
             digest=str(data["digest"]),
             name=str(data["name"]),
             folder=folder,
@@ -108,7 +132,8 @@ def _read(manifest: Path) -> Image | None:
             python_version=str(data["python_version"]),
             preload=tuple(map(str, data["preload"])),
             created=float(data["created"]),
-            size=sum(path.stat().st_blocks * 512 for path in folder.iterdir()),
+            size=sum((folder / name).stat().st_blocks * 512 for name in (DISK, KERNEL, INITRAMFS, MANIFEST)),
         )
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # removed or damaged meanwhile: to us it is not there
+        return None
+    return image if image.digest == folder.name and re.fullmatch(r"[0-9a-f]{64}", image.digest) else None
