@@ -30,6 +30,31 @@ class LibvirtError(HostError):
     """libvirt refused a call or cannot be reached."""
 
 
+class UnreachableError(LibvirtError):
+    """No libvirt answers at the URI, or the connection to it broke."""
+
+
+class PermissionDeniedError(LibvirtError):
+    """libvirt or QEMU may not do something that it needs to do."""
+
+
+class QemuMissingError(HostError):
+    """libvirt finds no QEMU for this kind of machine."""
+
+
+class MonitorError(LibvirtError):
+    """QEMU refused a monitor (QMP) command.
+
+    Args:
+        error_class: QMP's class of the error, such as "GenericError".
+        message: QEMU's text.
+    """
+
+    def __init__(self, error_class: str, message: str) -> None:
+        super().__init__(message)
+        self.error_class = error_class
+
+
 class ImageError(AgentVMError):
     """A guest image is missing, damaged or could not be built."""
 
@@ -52,6 +77,18 @@ class MachineLost(MachineError):  # noqa: N818
 
 class MachineTimeout(MachineError):  # noqa: N818
     """The machine did not answer or change its state in time."""
+
+
+class UnknownMachineError(MachineError):
+    """There is no machine of this name."""
+
+
+class SnapshotError(AgentVMError):
+    """A snapshot cannot be made, read, thawed or deleted."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot was made by another QEMU, CPU or profile, or its files changed since; the message lists what differs."""
 
 
 class TransportError(AgentVMError):
