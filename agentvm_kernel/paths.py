@@ -8,6 +8,17 @@ import os
 from pathlib import Path
 
 
+OWNER_CONFIG = Path("/etc/agentvm/config.toml")
+"""Settings and limits of the host's owner."""
+
+
+def user_config() -> Path:
+    """The user's settings; the file need not exist."""
+    if value := os.environ.get("AGENTVM_CONFIG"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "agentvm" / "config.toml"
+
+
 def cache_dir() -> Path:
     """Things that can be rebuilt: guest images, downloads."""
     return _folder("AGENTVM_CACHE_DIR", "/var/cache/agentvm", "XDG_CACHE_HOME", "~/.cache")

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from agentvm_kernel.paths import OWNER_CONFIG, user_config
+
 
 @dataclass(frozen=True)
 class SandboxSettings:
@@ -29,9 +31,8 @@ def load_settings(**overrides: Any) -> SandboxSettings:
         ConfigError: the file or a variable holds something invalid.
     """
     settings = SandboxSettings()
-    from agentvm_kernel.config import config_path
-
-    if config_path() is not None or any(name.startswith("AGENTVM_") for name in os.environ):
+    variables = ("AGENTVM_URI", "AGENTVM_ACCEL", "AGENTVM_IMAGE", "AGENTVM_PROFILE", "AGENTVM_BOOT_TIMEOUT", "AGENTVM_CONFIG")
+    if OWNER_CONFIG.exists() or user_config().exists() or any(name in os.environ for name in variables):
         # pydantic is loaded only where there is something to validate.
         from agentvm_kernel.config import load_config
 

@@ -35,7 +35,7 @@ _CODE = bytes.fromhex(
 )
 
 
-def toy_kernel(*, panic: bool = False) -> bytes:
+def toy_kernel(*, panic: bool = False, deaf: bool = False) -> bytes:
     """Return the kernel image."""
     sector = bytearray(1024 + 512)
     sector[0x1F1] = 1  # setup_sects
@@ -44,15 +44,18 @@ def toy_kernel(*, panic: bool = False) -> bytes:
     sector[0x202:0x206] = b"HdrS"
     sector[0x206:0x208] = struct.pack("<H", 0x201)
     message = b"Kernel panic - not syncing: toy\n" if panic else GREETING.encode() + b"\n"
-    code = _CODE + (b"\x01" if panic else b"\x00") + message + b"\x00"
+    # mov $0x100,%ax before writing PM1_EN: a deaf guest writes 0.
+    code = _CODE.replace(b"\xb8\x00\x01\xef", b"\xb8\x00\x00\xef") if deaf else _CODE
+    code += (b"\x01" if panic else b"\x00") + message + b"\x00"
     sector[0x280 : 0x280 + len(code)] = code
     return bytes(sector)
 
 
-def toy_image(folder: Path, *, panic: bool = False) -> Image:
+def toy_image(folder: Path, **options: bool) -> Image:
     """Return an image that boots the toy kernel from an empty disk of 64 MiB."""
-    folder.mkdir(mode=0o755, parents=True)
-    (folder / "vmlinuz").write_bytes(toy_kernel(panic=panic))
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o711)  # QEMU's user has to pass through
+    (folder / "vmlinuz").write_bytes(toy_kernel(**options))
     (folder / "initramfs").write_bytes(b"")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / "root.qcow2", "64M"], check=True)
     return Image(

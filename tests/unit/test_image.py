@@ -1,5 +1,6 @@
 """Image specs, digests, and the initramfs, without building anything."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def test_the_digest_depends_on_the_spec_and_on_nothing_else() -> None:
         'name = "a"\ndisk_gib = 0',
         "name = 1",
         "nonsense",
+        'name = "a"\nrequirements = ["numpy; python_version > \'3\'"]',
+        'name = "a"\nsuite = "-x"',
+        'name = "a\\n"',
+        'name = "a"\nkernel = "../../x"',
     ],
 )
 def test_a_hostile_or_wrong_spec_is_refused_with_its_name(tmp_path: Path, line: str) -> None:
@@ -97,6 +102,19 @@ def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
     assert len(order) == len(set(order))
 
 
+def test_soft_dependencies_are_loaded_first_by_name_or_alias(tmp_path: Path) -> None:
+    """Debian's generic kernel has ext4 as a module, which asks for crc32c only through a softdep."""
+    (tmp_path / "modules.dep").write_text(
+        "k/virtio_ring.ko.xz:\nk/virtio_pci.ko.xz: k/virtio_ring.ko.xz\nk/virtio_blk.ko.xz:\nk/virtio_console.ko.xz:\n"
+        "k/ext4.ko.xz: k/jbd2.ko.xz k/mbcache.ko.xz\nk/jbd2.ko.xz:\nk/mbcache.ko.xz:\nk/crc32c_generic.ko.xz:\n"
+    )
+    (tmp_path / "modules.builtin").write_text("")
+    (tmp_path / "modules.softdep").write_text("# comment\nsoftdep jbd2 pre: crc32c no-such post: ext4\n")
+    (tmp_path / "modules.alias").write_text("alias crc32c crc32c_generic\n")
+    order = initramfs.module_order(tmp_path)
+    assert order.index("k/crc32c_generic.ko.xz") < order.index("k/jbd2.ko.xz") < order.index("k/ext4.ko.xz")
+
+
 def test_a_kernel_without_virtio_is_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.dep").write_text("k/virtio_ring.ko:\n")
     (tmp_path / "modules.builtin").write_text("")
@@ -120,7 +138,7 @@ def test_a_machines_initrd_holds_runtime_secret_and_settings(tmp_path: Path) -> 
 
 
 def test_too_little_space_is_said_before_anything_is_begun() -> None:
-    with pytest.raises(ImageError, match="GiB of disk"):
+    with pytest.raises(ImageError, match="GiB of disk space"):
         build_image(ImageSpec(name="tiny"), required_bytes=1 << 60)
     assert not [path for path in store.images_dir().iterdir() if path.is_dir()]
 
@@ -128,6 +146,8 @@ def test_too_little_space_is_said_before_anything_is_begun() -> None:
 def _fake_image(name: str, digest: str) -> Path:
     folder = store.images_dir() / digest
     folder.mkdir()
+    for file in (store.DISK, store.KERNEL, store.INITRAMFS):
+        (folder / file).write_bytes(b"x")
     (folder / store.MANIFEST).write_text(
         f'{{"digest": "{digest}", "name": "{name}", "python_version": "3.11", "preload": [], "created": 1}}'
     )
@@ -151,3 +171,48 @@ def test_a_damaged_manifest_is_no_image() -> None:
     folder = _fake_image("mine", "cd" * 32)
     (folder / store.MANIFEST).write_text("{")
     assert store.list_images() == []
+
+
+def test_an_image_that_lost_a_file_or_lies_about_its_digest_is_none() -> None:
+    folder = _fake_image("mine", "cd" * 32)
+    (folder / store.DISK).unlink()
+    _fake_image("other", "ef" * 32).rename(store.images_dir() / ("01" * 32))
+    assert store.list_images() == []
+
+
+def test_an_image_is_named_by_eight_digits_at_least() -> None:
+    _fake_image("mine", "ab" * 32)
+    with pytest.raises(ImageError, match="no guest image"):
+        store.find("ababab")
+    with pytest.raises(ImageError, match="no guest image"):
+        store.remove("../" + "ab" * 32)
+
+
+def test_everybody_may_read_images_whatever_the_umask_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o077)
+    try:
+        folder = store.images_dir()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_normal_user_sees_the_images_that_root_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_image("shared", "ab" * 32)
+    monkeypatch.setattr(store, "SHARED", store.images_dir())
+    monkeypatch.delenv("AGENTVM_CACHE_DIR")
+    monkeypatch.setattr(store.paths, "cache_dir", lambda: tmp_path)
+    assert store.find("shared").folder == store.SHARED / ("ab" * 32)
+
+
+def test_only_root_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ImageError, match="sudo agentvm image build"):
+        build_image(ImageSpec(name="tiny"))
+
+
+def test_tools_that_are_missing_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(ImageError, match="apt-get install mmdebstrap e2fsprogs qemu-utils"):
+        build_image(ImageSpec(name="tiny"))

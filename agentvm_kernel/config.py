@@ -1,0 +1,112 @@
+"""What the owner of a host and its users can set, validated.
+
+Read from /etc/agentvm/config.toml (the host's owner), then ~/.config/agentvm/config.toml (the user; AGENTVM_CONFIG names another file), then
+the environment; the later wins, except for `[limits]`: a user's file can narrow the owner's limits, never widen them, and the environment has
+none. Imports pydantic, so the kernel process loads this module only where there is something to read (see `sandbox.settings`).
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agentvm_kernel.errors import ConfigError
+from agentvm_kernel.paths import OWNER_CONFIG, user_config
+from agentvm_kernel.sandbox.settings import SandboxSettings
+
+ENVIRONMENT = {
+    "AGENTVM_URI": "uri",
+    "AGENTVM_ACCEL": "accel",
+    "AGENTVM_IMAGE": "image",
+    "AGENTVM_PROFILE": "profile",
+    "AGENTVM_BOOT_TIMEOUT": "boot_timeout_s",
+}
+
+ProfileName = Literal["light", "standard", "intensive"]
+
+
+class Limits(BaseModel):
+    """What no user, notebook or magic of this host may exceed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    profiles: frozenset[ProfileName] = Field(
+        default=frozenset({"light", "standard", "intensive"}), min_length=1, description="Profiles that may be used."
+    )
+    max_memory_mib: int | None = Field(default=None, gt=0, description="Most memory that one machine may have, in MiB.")
+
+    def narrowed(self, other: "Limits") -> "Limits":
+        """Return what both these limits and `other` allow."""
+        memories = [memory for memory in (self.max_memory_mib, other.max_memory_mib) if memory is not None]
+        return Limits(profiles=self.profiles & other.profiles, max_memory_mib=min(memories, default=None))
+
+
+class Config(BaseModel):
+    """Every setting, with its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_min_length=1)
+
+    uri: str | None = Field(default=None, description="libvirt URI; without it qemu:///system for root, qemu:///session for others.")
+    accel: Literal["auto", "kvm", "tcg"] = Field(default="auto", description="auto takes KVM only where it really runs guests.")
+    image: str = Field(default="default", description="Name or digest of the guest image.")
+    profile: ProfileName = Field(default="standard", description="Size of the machine.")
+    boot_timeout_s: float = Field(default=300.0, gt=0, le=3600, description="Seconds within which a machine must answer.")
+    limits: Limits = Limits()
+
+    def sandbox_settings(self) -> SandboxSettings:
+        """Return the settings of one sandbox.
+
+        Raises:
+            ConfigError: the profile is not allowed here or has more memory than a machine may have.
+        """
+        self._check_limits()
+        return SandboxSettings(profile=self.profile, image=self.image, uri=self.uri, boot_timeout_s=self.boot_timeout_s)
+
+    def _check_limits(self) -> None:
+        allowed = sorted(self.limits.profiles)
+        if self.profile not in allowed:
+            raise ConfigError(
+                f"Profile {self.profile!r} is not allowed on this host.", hint=f"Choose one of: {', '.join(allowed)}."
+            )
+        from agentvm_kernel.hypervisor.profiles import get_profile
+
+        memory = get_profile(self.profile).memory_mib
+        if self.limits.max_memory_mib is not None and memory > self.limits.max_memory_mib:
+            raise ConfigError(
+                f"Profile {self.profile!r} has {memory} MiB of memory; this host allows {self.limits.max_memory_mib} MiB.",
+                hint="Choose a smaller profile.",
+            )
+
+
+def load_config() -> Config:
+    """Read the files and the environment.
+
+    Raises:
+        ConfigError: a file cannot be read or parsed, or holds something that is not a setting.
+    """
+    owner = _read(OWNER_CONFIG) if OWNER_CONFIG.exists() else {}
+    user_file = user_config()
+    user = _read(user_file) if user_file.exists() or "AGENTVM_CONFIG" in os.environ else {}
+    environment = {field: os.environ[name] for name, field in ENVIRONMENT.items() if os.environ.get(name)}
+    try:
+        limits = Limits.model_validate(owner.pop("limits", {})).narrowed(Limits.model_validate(user.pop("limits", {})))
+        return Config.model_validate({**owner, **user, **environment, "limits": limits})
+    except ValidationError as error:
+        variables = {field: name for name, field in ENVIRONMENT.items() if field in environment}
+        problems = "; ".join(
+            f"{variables.get(where, where)}: {problem['msg']}"
+            for problem in error.errors()
+            if (where := ".".join(map(str, problem["loc"])))
+        )
+        raise ConfigError(f"A setting is not valid: {problems}.", hint=f"Settings come from {OWNER_CONFIG} and {user_file}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from error
