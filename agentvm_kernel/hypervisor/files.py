@@ -114,8 +114,8 @@ class MachineFiles:
         """QEMU writes its process id here."""
         return self.sockets / "pid"
 
-    def create(self, qemu_user: tuple[int, int], record: dict[str, Any]) -> None:
-        """Make both folders; `record` goes to machine.json first, so that a reaper knows whose they are.
+    def claim(self) -> None:
+        """Take the name by making the machine's folder; nobody else can have it then.
 
         Raises:
             ConfigError: there is a machine of this name.
@@ -123,9 +123,11 @@ class MachineFiles:
         try:
             self.folder.mkdir(mode=0o711)
         except FileExistsError:
-            raise ConfigError(
-                f"There is a machine {self.name!r} already.", hint="Choose another name, or destroy it first."
-            ) from None
+            hint = "Choose another name, or destroy it first."
+            raise ConfigError(f"There is a machine {self.name!r} already.", hint=hint) from None
+
+    def prepare(self, qemu_user: tuple[int, int], record: dict[str, Any]) -> None:
+        """Make what every machine needs; `record` goes to machine.json first, so that a reaper knows whose the folder is."""
         self.write_record(record)
         self.sockets.mkdir(mode=0o700, exist_ok=True)
         give(self.sockets, qemu_user)

@@ -5,7 +5,6 @@ asyncio code runs them in threads. The kernel process imports this module, so wh
 `boot_machine`.
 """
 
-import enum
 import os
 import secrets
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from agentvm_kernel.errors import IllegalTransition, LibvirtError, MachineLost, 
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.connection import RESYNC, Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles, give, write_private
+from agentvm_kernel.hypervisor.states import STOPPED_REASONS, TRANSITIONS, Hardware, MachineState
 from agentvm_kernel.hypervisor.tags import NAMESPACE, PREFIX, Owner, Tags
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.transport.address import Address, UnixAddress, VsockAddress
@@ -38,68 +38,6 @@ EVENT_TIMEOUT_S = 10.0
 """How long libvirt's event may come after the call that caused it."""
 QEMU_OVERHEAD_MIB = 1280
 """Memory that QEMU may use beyond the guest's before the cgroup limit strikes: translated code under emulation, caches, buffers."""
-
-
-class MachineState(enum.Enum):
-    """Where a machine is in its life."""
-
-    DEFINED = "defined"
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPING = "stopping"
-    SHUT_OFF = "shut off"
-    CRASHED = "crashed"
-
-    @property
-    def ended(self) -> bool:
-        """Whether QEMU is gone for good."""
-        return self in (MachineState.SHUT_OFF, MachineState.CRASHED)
-
-
-_ENDS = {MachineState.SHUT_OFF, MachineState.CRASHED}
-TRANSITIONS: dict[MachineState, set[MachineState]] = {
-    MachineState.DEFINED: {MachineState.STARTING, MachineState.SHUT_OFF},
-    MachineState.STARTING: {MachineState.RUNNING, MachineState.PAUSED, *_ENDS},
-    MachineState.RUNNING: {MachineState.PAUSED, MachineState.STOPPING, *_ENDS},
-    MachineState.PAUSED: {MachineState.RUNNING, MachineState.STOPPING, *_ENDS},
-    MachineState.STOPPING: {MachineState.RUNNING, MachineState.PAUSED, *_ENDS},
-    MachineState.SHUT_OFF: set(),
-    MachineState.CRASHED: set(),
-}
-
-_STOPPED_REASONS = {
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "the guest shut down",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: "it was destroyed",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: "the guest crashed",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED: "it was migrated away",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED: "it was saved",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: "QEMU died or was killed",
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT: "it was reverted to a state in which it was off",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What a machine is made of, for messages and for comparing with a snapshot.
-
-    Attributes:
-        profile: name of its resource profile.
-        vcpus: virtual CPUs.
-        memory_mib: memory in MiB.
-        disk_gib: size of its disk in GiB.
-        cpu_quota_percent: host CPU time that it may use, in percent of one CPU.
-        accelerator: "kvm" or "tcg".
-        vsock: it is reached over virtio-vsock, otherwise over a virtio-serial port.
-    """
-
-    profile: str
-    vcpus: int
-    memory_mib: int
-    disk_gib: int
-    cpu_quota_percent: int
-    accelerator: str
-    vsock: bool
 
 
 class Machine:
@@ -470,7 +408,7 @@ class Machine:
             self._ended(detail)
 
     def _ended(self, detail: int) -> None:
-        reason = _STOPPED_REASONS.get(detail, "it stopped")
+        reason = STOPPED_REASONS.get(detail, "it stopped")
         crashed = detail in (libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED)
         # A panic ends as a reboot, which ends as a shutdown; the console tells them apart.
         if detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN and "Kernel panic" in (tail := self.console_tail(60)):
@@ -505,17 +443,17 @@ def new_name() -> str:
     return f"agentvm-{secrets.token_hex(4)}"
 
 
-def spawn_releaser(name: str, uri: str) -> None:
+def spawn_releaser(name: str | None, uri: str) -> None:
     """Start a detached process that destroys the machine `name` and deletes its files.
 
     Args:
-        name: of the machine.
+        name: of the machine; None means every machine whose owner is gone.
         uri: of its libvirt.
     """
     package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_home, os.environ.get("PYTHONPATH"))))
     subprocess.Popen(
-        [sys.executable, "-P", "-m", "agentvm_kernel.hypervisor.reap", "--uri", uri, "--machine", name],
+        [sys.executable, "-P", "-m", "agentvm_kernel.hypervisor.reap", "--uri", uri, *(["--machine", name] if name else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -564,9 +502,10 @@ def boot_machine(
     )
     user = hypervisor.qemu_user
     secret = secrets.token_bytes(32)
+    files.claim()
     machine = Machine(hypervisor, files, uuid=str(uuid.uuid4()), hardware=hardware, tags=tags, secret=secret)
     try:
-        files.create(user, machine.record())
+        files.prepare(user, machine.record())
         write_private(files.secret, secret)
         boot = {"hostname": files.name, "preload": list(image.preload), "port": GUEST_PORT}
         write_private(files.initrd, machine_initrd(image, boot, secret), user=user, mode=0o400)

@@ -1,8 +1,10 @@
 """Machines on a real libvirt, with a toy guest of a hundred bytes: states, ends, attaching, reaping."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -58,7 +60,7 @@ def test_a_machine_runs_pauses_and_ends(hypervisor, toy):
 
 
 def test_illegal_transitions_are_errors_that_say_what_would_be_legal(machine):
-    with pytest.raises(IllegalTransition, match="running and cannot be resumed. It has to be paused"):
+    with pytest.raises(IllegalTransition, match=r"running and cannot be resumed. It has to be paused"):
         machine.resume()
     with pytest.raises(IllegalTransition, match="cannot be started"):
         machine.start("<domain/>")
@@ -85,7 +87,7 @@ def test_a_guest_that_is_deaf_to_the_power_button_goes_on_running(hypervisor, to
     machine = boot_machine(hypervisor, toy(deaf=True), "light")
     try:
         wait_until_counting(machine)
-        with pytest.raises(MachineTimeout, match="did not shut down within 0.2 s. It can be stopped by force"):
+        with pytest.raises(MachineTimeout, match=r"did not shut down within 0.2 s. It can be stopped by force"):
             machine.shutdown(0.2)
         assert machine.state is MachineState.RUNNING
         machine.pause()
@@ -119,7 +121,7 @@ def test_a_panic_is_a_crash_and_the_reason_is_its_words(hypervisor, toy):
 
 def test_waiting_for_a_state_ends_in_time(machine):
     began = time.monotonic()
-    with pytest.raises(MachineTimeout, match="is running and not paused after 0.2 s"):
+    with pytest.raises(MachineTimeout, match=r"is running and not paused after 0.2 s"):
         machine.wait_for(MachineState.PAUSED, 0.2)
     assert time.monotonic() - began < 2
 
@@ -148,7 +150,7 @@ def test_a_name_is_taken_once(hypervisor, toy, machine):
 def test_a_start_that_fails_leaves_nothing(hypervisor, toy):
     image = toy()
     image.kernel.unlink()
-    with pytest.raises(LibvirtError, match="Starting machine agentvm-test-fails failed.*vmlinuz"):
+    with pytest.raises(LibvirtError, match=r"Starting machine agentvm-test-fails failed.*vmlinuz"):
         boot_machine(hypervisor, image, "light", name="agentvm-test-fails")
     files = MachineFiles.of("agentvm-test-fails")
     assert not files.folder.exists()
@@ -212,7 +214,8 @@ def test_a_machine_whose_owner_was_killed_is_reaped_and_others_are_not(hyperviso
 
 def test_folders_and_sockets_of_dead_machines_are_reaped_even_without_libvirt(hypervisor, machine, tmp_path):
     files = MachineFiles.of("agentvm-test-orphan")
-    files.create((os.geteuid(), os.getegid()), {"owner": {"pid": 2**22, "start": 1}, "uri": hypervisor.uri})
+    files.claim()
+    files.prepare((os.geteuid(), os.getegid()), {"owner": {"pid": 2**22, "start": 1}, "uri": hypervisor.uri})
     unfinished = MachineFiles.of("agentvm-test-unfinished")
     unfinished.folder.mkdir()
     lonely = MachineFiles.of("agentvm-test-lonely").sockets
@@ -241,7 +244,8 @@ def test_two_reapers_do_not_meet(hypervisor):
 
 
 def test_a_foreign_domain_is_left_alone(hypervisor):
-    xml = "<domain type='qemu'><name>agentvm-test-foreign</name><memory unit='MiB'>64</memory><os><type machine='q35'>hvm</type></os></domain>"
+    xml = "<domain type='qemu'><name>agentvm-test-foreign</name><memory unit='MiB'>64</memory>"
+    xml += "<os><type machine='q35'>hvm</type></os></domain>"
     domain = hypervisor.connection().createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
     try:
         reaping.reap(hypervisor)
@@ -250,43 +254,75 @@ def test_a_foreign_domain_is_left_alone(hypervisor):
         domain.destroy()
 
 
-def test_a_cut_connection_comes_back_and_the_machine_is_still_known(hypervisor, machine):
-    """As after a restart of libvirtd: the socket is closed under us."""
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            target = os.readlink(entry)
-        except OSError:
-            continue
-        if target.startswith("socket:") and int(entry.name) in _libvirt_sockets():
-            import socket
+class Relay:
+    """A Unix socket in front of libvirtd's, so that a test can do to us what a restart of libvirtd does."""
 
-            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
-                sock.shutdown(socket.SHUT_RDWR)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            machine.pause()
-            break
-        except Exception:
-            continue
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ends: list[socket.socket] = []
+        self.open()
+
+    def open(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.listener.listen()
+        threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
+
+    def serve(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect("/run/libvirt/libvirt-sock")
+                self.ends += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self.pump, args=(source, target), daemon=True).start()
+
+    def pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.listener.close()
+        self.ends = []
+
+
+@pytest.fixture
+def relayed(machine, tmp_path):
+    """The machine as seen over a connection that the test can cut."""
+    if machine.hypervisor.uri != "qemu:///system":
+        pytest.skip("the relay stands before the system's libvirtd")
+    relay = Relay(tmp_path / "libvirt")
+    with Hypervisor(f"qemu+unix:///system?socket={relay.path}") as hypervisor:
+        yield relay, Machine.attach(hypervisor, machine.name)
+    relay.cut()
+
+
+def test_after_a_restart_of_libvirtd_machines_are_still_known_and_watched(relayed):
+    relay, machine = relayed
+    relay.cut()
+    threading.Timer(0.5, relay.open).start()
+    machine.pause()  # waits for libvirtd to come back
     assert machine.state is MachineState.PAUSED
     os.kill(machine.qemu_pid, signal.SIGKILL)
-    assert "killed" in machine.wait_stopped_reason(10)
+    assert machine.wait_stopped_reason(10).endswith("QEMU died or was killed")
 
 
-def _libvirt_sockets() -> set[int]:
-    """Descriptors of this process that are connected to libvirtd."""
-    import socket
-
-    found = set()
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            with socket.socket(fileno=os.dup(int(entry))) as sock:
-                if sock.family == socket.AF_UNIX and "libvirt" in str(sock.getpeername()):
-                    found.add(int(entry))
-        except OSError:
-            continue
-    return found
+def test_a_machine_that_ends_while_libvirtd_is_away_is_noticed_when_it_comes_back(relayed, machine):
+    relay, seen = relayed
+    relay.cut()
+    machine.stop()
+    assert seen.wait_stopped_reason(0.3) == ""
+    relay.open()
+    assert seen.wait_stopped_reason(20).endswith("it ended while libvirt could not be reached")
 
 
 def _until_gone(path: Path, timeout_s: float = 20.0) -> None:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from uuid import uuid4
@@ -20,21 +23,14 @@ from agentvm_kernel.hypervisor.tags import Owner, Tags
 
 def schema_path() -> Path | None:
     """Where this system's libvirt keeps its RELAX NG schemas."""
-    asked = (
-        subprocess.run(["pkg-config", "--variable=datadir", "libvirt"], capture_output=True, text=True, check=False)
-        if _which()
-        else None
-    )
-    for base in filter(None, (asked.stdout.strip() if asked else "", "/usr/share", "/usr/local/share")):
-        if (path := Path(base) / "libvirt/schemas/domain.rng").exists():
-            return path
-    return None
-
-
-def _which() -> bool:
-    import shutil
-
-    return shutil.which("pkg-config") is not None
+    bases = ["/usr/share", "/usr/local/share", sys.prefix + "/share", *os.environ.get("XDG_DATA_DIRS", "").split(":")]
+    if pkg_config := shutil.which("pkg-config"):
+        asked = subprocess.run(
+            [pkg_config, "--variable=datadir", "libvirt"], capture_output=True, text=True, check=False
+        )
+        bases.insert(0, asked.stdout.strip())
+    found = (Path(base) / "libvirt/schemas/domain.rng" for base in bases if base)
+    return next((path for path in found if path.exists()), None)
 
 
 SCHEMA = schema_path()
