@@ -10,16 +10,15 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from agentvm_kernel.errors import AgentVMError, MachineLost
+from agentvm_kernel.errors import AgentVMError, BootError, MachineLost
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.machine import Machine, boot_machine, spawn_releaser
+from agentvm_kernel.image import store
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox.settings import SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
-
-if TYPE_CHECKING:
-    from agentvm_kernel.hypervisor.connection import Hypervisor
-    from agentvm_kernel.hypervisor.machine import Machine
 
 log = get_logger(__name__)
 
@@ -27,6 +26,8 @@ Progress = Callable[[str], None]
 
 RENEW_TIMEOUT_S = 20.0
 LOST_GRACE_S = 1.0
+# Machines whose owner was killed are removed by whoever comes next, but not while a first cell wants the CPUs.
+REAP_AFTER_S = 3.0
 
 
 class Lease:
@@ -38,7 +39,7 @@ class Lease:
         lost: resolves with a sentence saying what happened, when the machine or the connection to it is gone.
     """
 
-    def __init__(self, hypervisor: "Hypervisor", machine: "Machine", connection: GuestConnection) -> None:
+    def __init__(self, hypervisor: Hypervisor, machine: Machine, connection: GuestConnection) -> None:
         self.machine = machine
         self.connection = connection
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -95,10 +96,11 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
         explained = await asyncio.to_thread(_explain, machine, error)
         await asyncio.to_thread(machine.release)
         raise explained from error
+    asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
     return Lease(hypervisor, machine, connection)
 
 
-async def renew_identity(connection: GuestConnection, machine: "Machine", *, reseed: bool) -> dict[str, Any]:
+async def renew_identity(connection: GuestConnection, machine: Machine, *, reseed: bool) -> dict[str, Any]:
     """Give the machine an identity of its own and wait until it has confirmed every part of it.
 
     Args:
@@ -133,24 +135,18 @@ async def renew_identity(connection: GuestConnection, machine: "Machine", *, res
     return confirmed
 
 
-def _obtain(settings: SandboxSettings, say: Progress) -> "tuple[Hypervisor, Machine]":
+def _obtain(settings: SandboxSettings, say: Progress) -> tuple[Hypervisor, Machine]:
     """Blocking part of `acquire`: reach libvirt, find the image, boot."""
-    from agentvm_kernel.hypervisor.connection import Hypervisor
-    from agentvm_kernel.hypervisor.machine import boot_machine
-    from agentvm_kernel.image import store
-
     hypervisor = Hypervisor(settings.uri)
     image = store.find(settings.image)
     say("Booting a virtual machine")
     return hypervisor, boot_machine(hypervisor, image, settings.profile)
 
 
-def _explain(machine: "Machine", error: BaseException) -> BaseException:
+def _explain(machine: Machine, error: BaseException) -> BaseException:
     """Add the tail of the serial log where the guest did not come up."""
     if not isinstance(error, AgentVMError):
         return error
-    from agentvm_kernel.errors import BootError
-
     tail = machine.console_tail(20)
     return BootError(
         f"Machine {machine.name} did not come up: {error.message}",

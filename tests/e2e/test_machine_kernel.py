@@ -185,8 +185,6 @@ def test_two_hundred_megabytes_of_output_do_not_delay_an_interrupt(fresh: Notebo
         received += len(message["content"].get("text", ""))
     began = time.monotonic()
     fresh.manager.interrupt_kernel()
-    while (reply := fresh.client.get_control_msg(timeout=30))["msg_type"] != "interrupt_reply":
-        pass
     while (reply := fresh.client.get_shell_msg(timeout=30))["msg_type"] != "execute_reply":
         pass
     assert reply["content"]["ename"] == "KeyboardInterrupt"
