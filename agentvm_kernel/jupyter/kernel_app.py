@@ -38,6 +38,8 @@ LAST_OUTPUT_S = 0.2
 # Clients wait 2.5 s for a kernel to end before they send signals.
 RELEASE_TIMEOUT_S = 1.5
 THREADS_TIMEOUT_S = 0.2
+# ZeroMQ tries again every 0.1 s to connect.
+SUBSCRIBER_TIMEOUT_S = 1.0
 
 
 def parse_arguments(arguments: Sequence[str]) -> Path | None:
@@ -85,8 +87,11 @@ class KernelApp:
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             self._loop.add_signal_handler(signum, self._end, 0)
         self._watch_parent()
-        self._sockets.start(self._proxy.on_client_message, self._proxy.on_subscribe)
-        self._proxy.publish_starting()
+        # We answer before a client's iopub socket has connected, and what is published then is lost to it: let that one
+        # come first.
+        self._sockets.pause("shell", True)
+        self._loop.call_later(SUBSCRIBER_TIMEOUT_S, self._sockets.pause, "shell", False)
+        self._sockets.start(self._proxy.on_client_message, self._on_subscribe)
         self.machine_wanted()
 
     async def wait(self) -> int:
@@ -185,6 +190,10 @@ class KernelApp:
         done(content)
 
     # ---- the process
+
+    def _on_subscribe(self, topic: bytes) -> None:
+        self._proxy.on_subscribe(topic)
+        self._sockets.pause("shell", False)
 
     def _on_sigint(self) -> None:
         self._proxy.interrupt_held()

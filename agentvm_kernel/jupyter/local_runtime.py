@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from agentvm_kernel.errors import AgentVMError, BootError
@@ -25,11 +26,14 @@ _START_TIMEOUT_S = 60.0
 class LocalLease:
     """A runtime process of ours with the connection to it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path, connection: GuestConnection) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, folder: Path, connection: GuestConnection, kernel_pid: int
+    ) -> None:
         self.connection = connection
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process = process
         self._folder = folder
+        self._kernel_pid = kernel_pid
         connection.closed.add_done_callback(self._on_closed)
 
     @property
@@ -45,6 +49,9 @@ class LocalLease:
         """End the runtime and its kernel."""
         await self.connection.close()
         await _end(self._process, self._folder)
+        # Where the runtime was killed, its Python kernel is left: a process group of its own.
+        with suppress(ProcessLookupError):
+            os.killpg(self._kernel_pid, signal.SIGKILL)
 
 
 class LocalBackend:
@@ -68,16 +75,17 @@ class LocalBackend:
             address = UnixAddress(folder / "runtime.sock")
             connection = await open_connection(address, secret, timeout_s=_START_TIMEOUT_S)
             await connection.call("kernel.wait", timeout_s=_START_TIMEOUT_S)
+            kernel_pid = int((await connection.call("kernel.status"))["pid"])
         except BaseException as error:
             await _end(process, folder)
             if isinstance(error, AgentVMError):
                 raise BootError(f"The local runtime did not come up: {error.message}", hint=error.hint) from error
             raise
-        return LocalLease(process, folder, connection)
+        return LocalLease(process, folder, connection, kernel_pid)
 
 
 async def _end(process: asyncio.subprocess.Process, folder: Path) -> None:
     if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
         await process.wait()
     shutil.rmtree(folder, ignore_errors=True)

@@ -83,6 +83,7 @@ class Proxy:
         self._connection: GuestConnection | None = None
         self._held: deque[tuple[Request, list[Buffer]]] = deque()
         self._notice = ""
+        self._said_starting = False
         self._shown: tuple[Request, str] | None = None
         # The cells that have asked for input and have no answer yet.
         self._asking: list[Request] = []
@@ -127,7 +128,7 @@ class Proxy:
 
     def show_progress(self, text: str) -> None:
         """Tell the first cell that waits for a machine what it is waiting for; removed again when the cell starts."""
-        request = next((request for request, _ in self._held if request.code is not None and not request.silent), None)
+        request = next((request for request, _ in self._held if request.is_cell and not request.silent), None)
         if request is not None and self._shown != (request, text):
             self._shown = (request, text)
             self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
@@ -151,14 +152,13 @@ class Proxy:
             self._drop(f"client {channel}", str(error))
 
     def on_subscribe(self, topic: bytes) -> None:
-        """Welcome a client that subscribed to iopub (JEP 65)."""
+        """Welcome a client that subscribed to iopub (JEP 65); the first one also learns that the kernel starts."""
         content = {"subscription": topic.decode("utf-8", "replace")}
         frames = self._session.serialize(self._session.header("iopub_welcome"), EMPTY, {}, content)
         self._outlet.publish([topic, *frames] if topic else frames)
-
-    def publish_starting(self) -> None:
-        """Say on iopub that the kernel starts."""
-        self._publish("status", {"execution_state": "starting"}, None)
+        if not self._said_starting:
+            self._said_starting = True
+            self._publish("status", {"execution_state": "starting"}, None)
 
     def _client_request(self, channel: str, message: ClientMessage) -> None:
         request = Request(
@@ -192,10 +192,11 @@ class Proxy:
         self._owner.machine_wanted()
 
     def _forward(self, connection: GuestConnection, request: Request, parts: list[Buffer]) -> None:
-        if self._notice and request.code is not None and not request.silent:
+        if self._notice and request.is_cell and not request.silent:
             self._set_status(request, Progress.BUSY)
             self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
             self._notice = ""
+        self._said_starting = False
         try:
             connection.send(GUEST_CHANNELS[request.channel], parts)
         except ConnectionClosed:
@@ -230,8 +231,8 @@ class Proxy:
 
     def interrupt_held(self) -> None:
         """End cells that wait for a machine: the first as interrupted, the others aborted, like ipykernel's queue."""
-        waiting = [request for request, _ in self._held if request.code is not None]
-        self._held = deque(item for item in self._held if item[0].code is None)
+        waiting = [request for request, _ in self._held if request.is_cell]
+        self._held = deque(item for item in self._held if not item[0].is_cell)
         for number, request in enumerate(waiting):
             if number == 0:
                 self._fail(request, AgentVMError("The cell was interrupted before it ran."), ename="KeyboardInterrupt")
@@ -254,7 +255,7 @@ class Proxy:
         ename = ename or type(error).__name__
         content = {"ename": ename, "evalue": str(error), "traceback": []}
         self._set_status(request, Progress.BUSY)
-        if request.code is not None:
+        if request.is_cell:
             content["traceback"] = [f"\x1b[0;31m{ename}\x1b[0m: {error}"]
             if not request.silent:
                 self._publish("error", content, request)
@@ -279,9 +280,9 @@ class Proxy:
             return
         if message.msg_type == "execute_input":
             if request.code is None:
-                self._drop("guest iopub", "execute_input that belongs to no running cell")
+                self._drop("guest iopub", "execute_input that is not due")
                 return
-            message.content["code"] = request.code
+            message.content["code"], request.code = request.code, None
         self._publish(message.msg_type, message.content, request, metadata=message.metadata, buffers=message.buffers)
 
     def _on_guest_reply(self, channel: str, parts: list[bytes]) -> None:

@@ -28,7 +28,7 @@ class Request:
         channel: `shell` or `control`; the reply goes out there.
         identities: ZeroMQ route to the client.
         header: the request's header as it came; parent header of all that follows from it.
-        code: of an execute_request, else None.
+        code: of an execute_request, until it has been published.
         silent: an execute_request that must not show anything.
         allow_stdin: an execute_request during which the guest may ask for input.
         progress: which status was published last.
@@ -43,6 +43,11 @@ class Request:
     silent: bool = False
     allow_stdin: bool = False
     progress: Progress = Progress.QUEUED
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether this runs code."""
+        return self.msg_type == "execute_request"
 
     @property
     def reply_type(self) -> str | None:
@@ -74,14 +79,11 @@ class RequestTable:
 
     def running(self) -> list[Request]:
         """Return the cells that have begun and have no reply yet."""
-        return [
-            r for r in self._pending.values() if r.code is not None and r.progress is Progress.BUSY and not r.silent
-        ]
+        return [r for r in self._pending.values() if r.is_cell and r.progress is Progress.BUSY and not r.silent]
 
     def answered(self, request: Request) -> None:
         """Note that the reply has been sent."""
         if self._pending.pop(request.msg_id, None) is not None:
-            request.code = None
             self._keep(request)
 
     def clear(self) -> list[Request]:

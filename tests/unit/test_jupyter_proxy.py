@@ -207,7 +207,16 @@ def test_threads_of_a_finished_cell_may_still_print(world):
     world.outlet.take()
     world.guest.say(Channel.IOPUB, "stream", asked, {"name": "stdout", "text": "late"})
     assert world.take() == [("iopub", "stream", asked)]
-    world.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "", "execution_count": 2})
+
+
+def test_execute_input_comes_once_and_may_come_after_the_reply(world):
+    asked = world.execute("the code")
+    world.guest.say(Channel.SHELL, "execute_reply", asked, {"status": "ok", "execution_count": 1})
+    for _ in range(2):
+        world.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "", "execution_count": 1})
+    assert [m.content["code"] for m in world.outlet.take() if m.type == "execute_input"] == ["the code"]
+    completion = world.ask("complete_request")
+    world.guest.say(Channel.IOPUB, "execute_input", completion, {"code": "", "execution_count": 1})
     assert world.take() == []
 
 
@@ -377,7 +386,8 @@ def test_shutdown_is_answered_first(world, restart):
 def test_subscribers_are_welcomed(world):
     world.proxy.on_subscribe(b"")
     world.proxy.on_subscribe(b"topic")
-    first, second = world.outlet.take()
+    first, starting, second = world.outlet.take()
+    assert states([starting]) == ["starting"]
     assert (first.type, first.content, first.identities) == ("iopub_welcome", {"subscription": ""}, [])
     assert (second.content, second.identities) == ({"subscription": "topic"}, [b"topic"])
 

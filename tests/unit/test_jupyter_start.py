@@ -24,7 +24,6 @@ HEAVY = (
     "numpy",
     "ipywidgets",
     "comm",
-    "libvirt",
     "zmq.asyncio",
     "zmq.green",
     "importlib.metadata",
