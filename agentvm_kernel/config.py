@@ -1,8 +1,9 @@
 """What the owner of a host and its users can set, validated.
 
-Read from /etc/agentvm/config.toml (the host's owner), then ~/.config/agentvm/config.toml (the user; AGENTVM_CONFIG names another file), then
-the environment; the later wins, except for `[limits]`: a user's file can narrow the owner's limits, never widen them, and the environment has
-none. Imports pydantic, so the kernel process loads this module only where there is something to read (see `sandbox.settings`).
+Read from /etc/agentvm/config.toml (the host's owner), then ~/.config/agentvm/config.toml (the user; AGENTVM_CONFIG names
+another file), then the environment; the later wins, except for `[limits]`: a user's file can narrow the owner's limits,
+never widen them, and the environment has none. Imports pydantic, so the kernel process loads this module only where
+there is something to read (see `sandbox.settings`).
 """
 
 import os
@@ -18,7 +19,6 @@ from agentvm_kernel.sandbox.settings import SandboxSettings
 
 ENVIRONMENT = {
     "AGENTVM_URI": "uri",
-    "AGENTVM_ACCEL": "accel",
     "AGENTVM_IMAGE": "image",
     "AGENTVM_PROFILE": "profile",
     "AGENTVM_BOOT_TIMEOUT": "boot_timeout_s",
@@ -48,31 +48,34 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_min_length=1)
 
-    uri: str | None = Field(default=None, description="libvirt URI; without it qemu:///system for root, qemu:///session for others.")
-    accel: Literal["auto", "kvm", "tcg"] = Field(default="auto", description="auto takes KVM only where it really runs guests.")
+    uri: str | None = Field(
+        default=None, description="libvirt URI; without it qemu:///system for root, qemu:///session for others."
+    )
     image: str = Field(default="default", description="Name or digest of the guest image.")
-    profile: ProfileName = Field(default="standard", description="Size of the machine.")
-    boot_timeout_s: float = Field(default=300.0, gt=0, le=3600, description="Seconds within which a machine must answer.")
+    profile: str = Field(default="standard", description="Size of the machine.")
+    boot_timeout_s: float = Field(
+        default=300.0, gt=0, le=3600, description="Seconds within which a machine must answer."
+    )
     limits: Limits = Limits()
 
     def sandbox_settings(self) -> SandboxSettings:
         """Return the settings of one sandbox.
 
         Raises:
-            ConfigError: the profile is not allowed here or has more memory than a machine may have.
+            ConfigError: there is no such profile, it is not allowed here or has more memory than a machine may have.
         """
         self._check_limits()
         return SandboxSettings(profile=self.profile, image=self.image, uri=self.uri, boot_timeout_s=self.boot_timeout_s)
 
     def _check_limits(self) -> None:
-        allowed = sorted(self.limits.profiles)
-        if self.profile not in allowed:
-            raise ConfigError(
-                f"Profile {self.profile!r} is not allowed on this host.", hint=f"Choose one of: {', '.join(allowed)}."
-            )
         from agentvm_kernel.hypervisor.profiles import get_profile
 
         memory = get_profile(self.profile).memory_mib
+        if self.profile not in self.limits.profiles:
+            raise ConfigError(
+                f"Profile {self.profile!r} is not allowed on this host.",
+                hint=f"Choose one of: {', '.join(sorted(self.limits.profiles))}.",
+            )
         if self.limits.max_memory_mib is not None and memory > self.limits.max_memory_mib:
             raise ConfigError(
                 f"Profile {self.profile!r} has {memory} MiB of memory; this host allows {self.limits.max_memory_mib} MiB.",
@@ -80,8 +83,11 @@ class Config(BaseModel):
             )
 
 
-def load_config() -> Config:
+def load_config(**overrides: Any) -> Config:
     """Read the files and the environment.
+
+    Args:
+        overrides: settings that win over both; None does not.
 
     Raises:
         ConfigError: a file cannot be read or parsed, or holds something that is not a setting.
@@ -92,7 +98,8 @@ def load_config() -> Config:
     environment = {field: os.environ[name] for name, field in ENVIRONMENT.items() if os.environ.get(name)}
     try:
         limits = Limits.model_validate(owner.pop("limits", {})).narrowed(Limits.model_validate(user.pop("limits", {})))
-        return Config.model_validate({**owner, **user, **environment, "limits": limits})
+        chosen = {field: value for field, value in overrides.items() if value is not None}
+        return Config.model_validate({**owner, **user, **environment, **chosen, "limits": limits})
     except ValidationError as error:
         variables = {field: name for name, field in ENVIRONMENT.items() if field in environment}
         problems = "; ".join(
@@ -100,7 +107,9 @@ def load_config() -> Config:
             for problem in error.errors()
             if (where := ".".join(map(str, problem["loc"])))
         )
-        raise ConfigError(f"A setting is not valid: {problems}.", hint=f"Settings come from {OWNER_CONFIG} and {user_file}.") from error
+        raise ConfigError(
+            f"A setting is not valid: {problems}.", hint=f"Settings come from {OWNER_CONFIG} and {user_file}."
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
