@@ -39,6 +39,7 @@ USER_ID = 1000
 _ALWAYS = ("busybox-static", "kmod", "libnss-myhostname", "python3", "sudo")
 _NAMESPACE = uuid.UUID("6a1fd1fc-5ad1-4f0e-a4f5-9a0b6c2f7d11")
 _EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
+_DELETE_S = 10.0
 _UNNEEDED = ("usr/share/doc/*", "var/lib/apt/lists/*", "var/log/*", "boot/initrd.img*", "boot/System.map*")
 
 
@@ -86,7 +87,7 @@ def build_image(
                 shutil.rmtree(images / digest, ignore_errors=True)  # damaged, or it would have been found
                 work.rename(images / digest)
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                _delete(work)
     except ToolError as error:
         raise ImageError(
             f"The image {spec.name!r} could not be built: {error.message}",
@@ -145,7 +146,8 @@ class _Build:
             cwd=self.work,
             hint="Check the suite and the packages in the spec, the network and Debian's keys (debian-archive-keyring).",
             on_line=on_line,
-            environment={"INITRD": "No"},  # Debian's own initramfs is not used, and takes a quarter of the time
+            # Debian's own initramfs is not used, and takes a quarter of the time.
+            environment={"INITRD": "No", "TMPDIR": str(self.work)},
         )  # fmt: skip
 
     def _find_python(self) -> str:
@@ -270,7 +272,21 @@ def _check_space(images: Path, required_bytes: int) -> None:
 def _remove_abandoned(images: Path) -> None:
     """Remove what killed builds left: whoever holds the lock is the only one who builds."""
     for folder in images.glob(".building-*"):
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, patiently: tools that were killed take a moment to end, and may write until then.
+
+    Tools mount in a namespace of their own, so nothing can be mounted here; if it is, this must not delete the host's files.
+    """
+    mounts = [line.split()[4].replace("\\040", " ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    if below := [mount for mount in mounts if mount.startswith(f"{folder}/")]:
+        raise ImageError(f"{folder} cannot be deleted, since {below[0]} is mounted in it.", hint="Unmount it first.")
+    until = time.monotonic() + _DELETE_S
+    while folder.exists() and time.monotonic() < until:
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
 
 
 @contextmanager

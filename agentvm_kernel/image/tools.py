@@ -12,9 +12,9 @@ from pathlib import Path
 from agentvm_kernel.errors import ImageError
 
 _KEPT_LINES = 12
-_STOP_S = 10.0
-# Processes of the chroot see no process, network or mount of the host, and end with the build, however that ends.
-_JAIL = ("unshare", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", "--mount")
+# In a PID namespace everything that a tool starts ends with it, and in a mount namespace so does what it mounts; and the
+# tool ends with this process, however that ends.
+_JAIL = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
 _OUT_OF_SPACE = "No space left on device"
 
 
@@ -31,7 +31,6 @@ def run(
     on_line: Callable[[str], None] = lambda line: None,
     environment: Mapping[str, str] | None = None,
     accept: Sequence[int] = (0,),
-    stop_with: signal.Signals = signal.SIGTERM,
 ) -> str:
     """Run a tool to its end and return the end of its output.
 
@@ -43,7 +42,6 @@ def run(
         on_line: told every line that it prints.
         environment: variables beside those of this process.
         accept: exit codes that are no failure.
-        stop_with: the signal that ends it when the build is interrupted or killed.
 
     Raises:
         ToolError: it failed, or the disk was full.
@@ -51,7 +49,7 @@ def run(
     last: deque[str] = deque(maxlen=_KEPT_LINES)
     full = False
     with subprocess.Popen(
-        ["setpriv", "--pdeathsig", stop_with.name.removeprefix("SIG"), *command],
+        [*_JAIL, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -60,7 +58,7 @@ def run(
         env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
         cwd=cwd,
         umask=0o022,
-        start_new_session=True,
+        start_new_session=True,  # or ctrl-C would reach the tool as well
     ) as process:
         try:
             for line in map(str.strip, process.stdout or ()):
@@ -70,7 +68,7 @@ def run(
                     on_line(line)
             code = process.wait()
         except BaseException:
-            _stop(process, stop_with)
+            process.kill()
             raise
     if full:
         hint = f"The disk is full: free some space for {cwd.parent} and try again."
@@ -83,7 +81,8 @@ def run(
 def chroot(
     root: Path, command: Sequence[str], hint: str, *, user: tuple[int, str] | None = None, accept: Sequence[int] = (0,)
 ) -> str:
-    """Run a program of the guest's root file system, shut in so that it sees nothing of the host but that.
+    """Run a program of the guest's root file system, shut in so that it sees nothing of the host: its files,
+    processes and network.
 
     Args:
         root: the guest's root file system.
@@ -100,15 +99,9 @@ def chroot(
     """
     user_id, home = user or (0, "/root")
     clean = ["env", "-i", f"HOME={home}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
-    inside = ["chroot", f"--userspec={user_id}:{user_id}", "--groups=", str(root), *clean, *command]
-    return run(
-        [*_JAIL, *inside],
-        cwd=root.parent,
-        hint=hint,
-        name=f"{command[0]} (in the guest)",
-        accept=accept,
-        stop_with=signal.SIGKILL,  # the first process of a PID namespace ignores SIGTERM
-    )
+    who = [f"--userspec={user_id}:{user_id}", "--groups="]
+    inside = ["unshare", "--net", "--ipc", "--uts", "chroot", *who, str(root), *clean, *command]
+    return run(inside, cwd=root.parent, hint=hint, name=f"{command[0]} (in the guest)", accept=accept)
 
 
 @contextmanager
@@ -127,16 +120,3 @@ def terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(process: subprocess.Popen[str], first: signal.Signals) -> None:
-    """End a tool and all it started: first politely where it has something to clean up, as mmdebstrap has."""
-    for number in (first, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            continue

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -13,9 +15,10 @@ from agentvm_kernel.image import python_packages, tools
 from agentvm_kernel.image.python_packages import PythonPackages
 from agentvm_kernel.image.tools import ToolError, run
 
-pytestmark = pytest.mark.filterwarnings("error")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="tools run in namespaces, which needs root")
 
 
+@needs_root
 def test_a_failure_ends_with_the_last_lines_and_says_what_to_do(tmp_path: Path) -> None:
     script = "for n in $(seq 30); do echo line $n; done; echo oops >&2; exit 7"
     with pytest.raises(ToolError, match=r"sh failed with exit code 7(.|\n)*line 30\n  oops\n Do this\.") as caught:
@@ -23,47 +26,53 @@ def test_a_failure_ends_with_the_last_lines_and_says_what_to_do(tmp_path: Path) 
     assert "line 3\n" not in str(caught.value)
 
 
+@needs_root
 def test_a_full_disk_is_recognised_even_when_the_tool_says_it_early_or_ends_well(tmp_path: Path) -> None:
     script = "echo write: No space left on device; seq 50"
     with pytest.raises(ToolError, match="disk is full"):
         run(["sh", "-c", script], cwd=tmp_path, hint="")
 
 
+@needs_root
 def test_lines_are_followed_and_the_end_of_the_output_comes_back(tmp_path: Path) -> None:
     seen: list[str] = []
     assert run(["sh", "-c", "echo a; echo; echo b >&2; exit 1"], cwd=tmp_path, hint="", on_line=seen.append, accept=(1,))
     assert seen == ["a", "b"]
 
 
-def test_a_tool_and_its_children_end_when_the_build_is_interrupted(tmp_path: Path) -> None:
+@pytest.fixture
+def alive(tmp_path: Path) -> Iterator[IO[str]]:
+    """The reading end of a FIFO `alive`: it ends once nobody is left who has opened it for writing."""
+    os.mkfifo(tmp_path / "alive")
+    with os.fdopen(os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)) as file:
+        os.set_blocking(file.fileno(), True)
+        yield file
+
+
+SCRIPT = "trap '' TERM INT; exec 9>alive; (setsid sleep 1000 >/dev/null 2>&1) & echo started; wait"
+
+
+@needs_root
+def test_a_tool_and_its_children_end_when_the_build_is_interrupted(tmp_path: Path, alive: IO[str]) -> None:
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
 
-    # The FIFO's other end is closed once nobody is left who could write to it.
-    fifo = tmp_path / "alive"
-    os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(KeyboardInterrupt):
-        run(["sh", "-c", f"exec 9>{fifo}; sleep 1000 & echo started; wait"], cwd=tmp_path, hint="", on_line=interrupt)
-    assert os.read(reader, 1) == b""
-    os.close(reader)
+        run(["sh", "-c", SCRIPT], cwd=tmp_path, hint="", on_line=interrupt)
+    assert alive.read() == ""
 
 
-def test_a_tool_is_told_to_end_when_the_builder_is_killed(tmp_path: Path) -> None:
-    script = (
-        "import os, signal; from pathlib import Path; from agentvm_kernel.image.tools import run\n"
-        "end = lambda line: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run(['sh', '-c', 'trap \"echo told >&9; exit\" TERM; echo go; while :; do sleep 0.05; done'],"
-        " cwd=Path('.'), hint='', on_line=end)"
-    )
-    fifo = tmp_path / "told"
-    os.mkfifo(fifo)
-    # The tool inherits nothing, so it is given the FIFO by name.
-    script = script.replace("trap", f"exec 9>{fifo}; trap")
-    builder = subprocess.Popen([sys.executable, "-c", script])
-    with fifo.open() as file:
-        assert file.readline() == "told\n"
-    assert builder.wait() == -signal.SIGKILL
+@needs_root
+def test_a_tool_and_its_children_end_when_the_builder_is_killed(tmp_path: Path, alive: IO[str]) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from agentvm_kernel.image.tools import run
+def die(line): os.kill(os.getpid(), signal.SIGKILL)
+run(["sh", "-c", {SCRIPT!r}], cwd=Path({str(tmp_path)!r}), hint="", on_line=die)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert alive.read() == ""
 
 
 class _FakeGuest:
