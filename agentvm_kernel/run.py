@@ -98,7 +98,7 @@ class _MachineKernelManager(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**kernel_dict("Python (agentvm)"))
+        return KernelSpec(**kernel_dict("Python 3 (agentvm)"))
 
 
 def _manager(kernel: str | None) -> AsyncKernelManager:

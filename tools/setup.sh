@@ -135,7 +135,7 @@ main() {
   make_venv
   build_image
   register_kernel
-  say "ready: try 'make demo', or '.venv/bin/jupyter lab' and the kernel \"Python (agentvm)\""
+  say "ready: try 'make demo', or '.venv/bin/jupyter lab' and the kernel \"Python 3 (agentvm)\""
 }
 
 main "$@"

@@ -80,7 +80,8 @@ def qemu_user_problem(uid: int, gid: int, *, device: Path = KVM_DEVICE) -> str:
         return ""
     try:
         account = pwd.getpwuid(uid)
-        groups = set(os.getgrouplist(account.pw_name, gid))
+        # libvirt gives QEMU all groups of its user, the user's own primary group among them.
+        groups = {gid, *os.getgrouplist(account.pw_name, account.pw_gid)}
         name = account.pw_name
     except KeyError:
         groups, name = {gid}, str(uid)
