@@ -160,6 +160,26 @@ class Hypervisor:
             self._asked_dac_user = True
         return self._dac_user
 
+    def cpu_model(self, accelerator: str) -> str:
+        """Return what tells the CPUs apart that guests see, for snapshots: a guest cannot be moved to another.
+
+        Args:
+            accelerator: "kvm" (guests see the host's CPU) or "tcg" (all that QEMU can emulate, whatever the host is).
+        """
+        if accelerator != "kvm":
+            return "maximum"
+        import hashlib
+        import xml.etree.ElementTree as ElementTree
+
+        with self.errors("asking for the host's CPU"):
+            capabilities = ElementTree.fromstring(self.connection().getCapabilities())  # noqa: S314 (libvirt's own words)
+        cpu = capabilities.find("./host/cpu")
+        if cpu is None:
+            raise LibvirtError(f"libvirt at {self.uri} does not say what CPU this host has.")
+        features = sorted(feature.get("name", "") for feature in cpu.iterfind("feature"))
+        digest = hashlib.sha256(" ".join(features).encode()).hexdigest()[:12]
+        return f"{cpu.findtext('vendor')} {cpu.findtext('model')} {digest}"
+
     @property
     def qemu_version(self) -> tuple[int, int, int]:
         """Version of the QEMU that libvirt starts.

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentvm_kernel.errors import ConfigError
+from agentvm_kernel.errors import ConfigError, HostError
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.paths import run_dir, state_dir
 
@@ -22,12 +23,12 @@ MAX_SOCKET_PATH = 107
 
 def machines_dir() -> Path:
     """Return the folder with one folder per machine."""
-    return _subfolder(state_dir() / "machines")
+    return subfolder(state_dir() / "machines")
 
 
 def sockets_dir() -> Path:
     """Return the folder with one folder of sockets per machine."""
-    return _subfolder(run_dir() / "m")
+    return subfolder(run_dir() / "m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,25 @@ def write_private(path: Path, data: bytes, *, user: tuple[int, int] | None = Non
         give(path, user)
 
 
+def read_untrusted(path: Path, limit: int) -> bytes:
+    """Return what QEMU wrote to a file of its own, which it might have replaced by a link to one of ours.
+
+    Args:
+        path: of the file.
+        limit: most bytes that it may have.
+
+    Raises:
+        HostError: it is not a plain file, or is too long.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > limit:
+            raise HostError(f"{path} is not what QEMU should have written.")
+        return file.read(limit)
+
+
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file in one step; a reader sees the old or the new content."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -193,6 +213,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     partial.replace(path)
 
 
-def _subfolder(path: Path) -> Path:
+def subfolder(path: Path) -> Path:
+    """Return `path`, made if need be, so that QEMU's user may pass through under root and nobody else may otherwise."""
     path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
     return path

@@ -21,7 +21,7 @@ import libvirt
 from agentvm_kernel.errors import IllegalTransition, LibvirtError, MachineLost, MachineTimeout, UnknownMachineError
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.connection import RESYNC, Hypervisor
-from agentvm_kernel.hypervisor.files import MachineFiles, give, write_private
+from agentvm_kernel.hypervisor.files import MachineFiles, give, read_untrusted, write_private
 from agentvm_kernel.hypervisor.states import STOPPED_REASONS, TRANSITIONS, Hardware, MachineState
 from agentvm_kernel.hypervisor.tags import NAMESPACE, PREFIX, Owner, Tags
 from agentvm_kernel.log import get_logger
@@ -166,7 +166,7 @@ class Machine:
             MachineLost: it has none.
         """
         try:
-            return int(self.files.pid_file.read_text())
+            return int(read_untrusted(self.files.pid_file, 32))
         except (OSError, ValueError) as error:
             raise MachineLost(f"Machine {self.name} has no QEMU process.") from error
 
@@ -321,6 +321,15 @@ class Machine:
         self.tags = tags
         self.files.write_record(self.record())
 
+    def set_overlay(self, overlay: Path) -> None:
+        """Note that the machine writes to another disk layer now.
+
+        Args:
+            overlay: in the machine's folder.
+        """
+        self.overlay = overlay
+        self.files.write_record(self.record())
+
     def set_limits(self) -> None:
         """Limit the host's CPU time and memory that QEMU may use, where libvirt has the cgroup controllers for that; else log so, once."""
         if self.hypervisor.limits_refused:
@@ -453,7 +462,15 @@ def spawn_releaser(name: str | None, uri: str) -> None:
     package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_home, os.environ.get("PYTHONPATH"))))
     subprocess.Popen(
-        [sys.executable, "-P", "-m", "agentvm_kernel.hypervisor.reap", "--uri", uri, *(["--machine", name] if name else [])],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "agentvm_kernel.hypervisor.reap",
+            "--uri",
+            uri,
+            *(["--machine", name] if name else []),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -489,14 +506,24 @@ def boot_machine(
     from agentvm_kernel.hypervisor.domain_xml import DomainSpec, build
     from agentvm_kernel.hypervisor.profiles import get_profile
     from agentvm_kernel.hypervisor.qcow2 import create_overlay
-    from agentvm_kernel.image.initramfs import machine_initrd
+    from agentvm_kernel.image.initramfs import machine_initrd, runtime_digest
     from agentvm_kernel.transport.host import vsock_available
 
     size = get_profile(profile)
     files = MachineFiles.of(name or new_name())
     kind = accelerator.choose().kind
     use_vsock = vsock_available() if vsock is None else vsock
-    hardware = Hardware(size.name, size.vcpus, size.memory_mib, size.disk_gib, size.cpu_quota_percent, kind, use_vsock)
+    hardware = Hardware(
+        profile=size.name,
+        vcpus=size.vcpus,
+        memory_mib=size.memory_mib,
+        disk_gib=size.disk_gib,
+        cpu_quota_percent=size.cpu_quota_percent,
+        accelerator=kind,
+        image=image.digest,
+        runtime=runtime_digest(),
+        vsock=use_vsock,
+    )
     tags = Tags(
         owner=Owner.current(), folder=files.folder, profile=size.name, state="template" if template else "booting"
     )

@@ -28,7 +28,7 @@ from agentvm_kernel.errors import (
     UnknownMachineError,
 )
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir, sockets_dir
+from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir, read_untrusted, sockets_dir
 from agentvm_kernel.hypervisor.tags import NAMESPACE, Tags
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.paths import state_dir
@@ -92,7 +92,7 @@ def read_tags(domain: Any) -> Tags | None:
 def qemu_alive(files: MachineFiles) -> bool:
     """Return whether the machine's QEMU still runs, without asking libvirt."""
     try:
-        pid = int(files.pid_file.read_text())
+        pid = int(read_untrusted(files.pid_file, 32))
         return f"guest={files.name}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return False

@@ -56,6 +56,8 @@ class Hardware:
         disk_gib: size of its disk in GiB.
         cpu_quota_percent: host CPU time that it may use, in percent of one CPU.
         accelerator: "kvm" or "tcg".
+        image: digest of the guest image that it was booted from.
+        runtime: digest of the guest runtime that runs in it.
         vsock: it is reached over virtio-vsock, otherwise over a virtio-serial port.
     """
 
@@ -65,4 +67,6 @@ class Hardware:
     disk_gib: int
     cpu_quota_percent: int
     accelerator: str
+    image: str
+    runtime: str
     vsock: bool

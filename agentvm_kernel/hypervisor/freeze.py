@@ -1,0 +1,229 @@
+"""Freezing: a machine becomes a snapshot.
+
+The devices' state comes from QEMU's `xen-save-devices-state`, which despite its name has nothing to do with Xen: it saves all but the
+memory. The memory of a template already is a file. That of a thawed machine is its parent's file plus the pages that the guest has written
+since; only those are copied. The disk moves on to a new layer in the same pause, so memory and disk are of one moment.
+
+Before either, the caller brings the guest to a clean boundary (no cell running, host side of the connection closed): thawed machines wake
+up there. The kernel process imports this module.
+"""
+
+import os
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from agentvm_kernel.errors import SnapshotError
+from agentvm_kernel.hypervisor.files import give, read_untrusted, write_private
+from agentvm_kernel.hypervisor.machine import Machine
+from agentvm_kernel.hypervisor.pages import find_mappings, write_delta
+from agentvm_kernel.hypervisor.qcow2 import create_overlay
+from agentvm_kernel.hypervisor.snapshot import (
+    Snapshot,
+    being_made,
+    content_digest,
+    layer_path,
+    load,
+    memory_mode,
+    new_id,
+    seal,
+    stamp,
+    version_text,
+)
+from agentvm_kernel.hypervisor.states import MachineState
+from agentvm_kernel.log import get_logger
+
+log = get_logger(__name__)
+
+MAX_STATE = 64 << 20
+"""More than any device state of ours; QEMU is not trusted to fill the host's memory."""
+DISK = "vda"
+
+
+def freeze_template(machine: Machine) -> Snapshot:
+    """Make a template of a cold-booted machine and destroy the machine.
+
+    Args:
+        machine: booted by `boot_machine(..., template=True)`, its runtime waiting for a host.
+
+    Raises:
+        SnapshotError: it was not booted to become a template.
+        IllegalTransition: it does not run.
+    """
+    files = machine.files
+    if not files.memory.exists():
+        raise SnapshotError(
+            f"The memory of machine {machine.name} is not in a file.", hint="Boot it with template=True."
+        )
+    snapshot_id, layer = new_id(), new_id()
+    with being_made(snapshot_id) as folder:
+        began = time.monotonic()
+        machine.pause()
+        state = _save_devices(machine)
+        pause_s = time.monotonic() - began
+        common = _write_common(machine, folder, state)
+        machine.stop()
+        os.link(machine.overlay, layer_path(layer))
+        seal(machine.hypervisor, layer_path(layer), 0o444)
+        files.memory.rename(folder / "memory")
+        seal(machine.hypervisor, folder / "memory", memory_mode(machine.hypervisor))
+        snapshot = Snapshot(
+            id=snapshot_id,
+            name="",
+            description="",
+            parent="",
+            layer=layer,
+            pages=0,
+            pause_s=pause_s,
+            digests={"state": content_digest(folder / "state"), "memory": content_digest(folder / "memory")},
+            **common,
+        )
+        _finish(snapshot, folder)
+    machine.destroy()
+    return snapshot
+
+
+def freeze_live(machine: Machine, *, name: str = "", description: str = "", resume: bool = True) -> Snapshot:
+    """Make a snapshot of a thawed machine, which then runs on.
+
+    Only the difference to its parent is written; `snapshot.ensure_memory` builds the memory file, best before somebody waits for a thaw.
+
+    Args:
+        machine: running or paused, and thawed from a snapshot.
+        name: of the snapshot.
+        description: of the snapshot.
+        resume: let the machine run on; a machine that was paused stays paused.
+
+    Raises:
+        SnapshotError: it was not thawed from a snapshot, or its memory cannot be read.
+    """
+    if not machine.tags.template:
+        raise SnapshotError(
+            f"Machine {machine.name} was booted and not thawed, so it cannot be frozen.",
+            hint="Thaw one from a template and freeze that.",
+        )
+    parent = load(machine.tags.template)
+    snapshot_id, layer = new_id(), new_id()
+    number = int(machine.overlay.stem.rpartition("-")[2] or 0) if "-" in machine.overlay.stem else 0
+    next_overlay = machine.files.folder / f"overlay-{number + 1}.qcow2"
+    next_overlay.unlink(missing_ok=True)
+    with being_made(snapshot_id) as folder:
+        pid = machine.qemu_pid
+        mappings = find_mappings(pid, parent.memory)
+        os.link(machine.overlay, layer_path(layer))
+        create_overlay(next_overlay, machine.overlay, recorded_backing=layer_path(layer))
+        give(next_overlay, machine.hypervisor.qemu_user)
+        was_running = machine.state is MachineState.RUNNING
+        began = time.monotonic()
+        if was_running:
+            machine.pause()
+        try:
+            state = _save_devices(machine)
+            pages = write_delta(folder / "delta", pid, mappings)
+            _switch_disk(machine, next_overlay)
+        finally:
+            if was_running and resume:
+                machine.resume()
+        pause_s = time.monotonic() - began
+        machine.set_overlay(next_overlay)
+        seal(machine.hypervisor, layer_path(layer), 0o444)
+        common = _write_common(machine, folder, state)
+        snapshot = Snapshot(
+            id=snapshot_id,
+            name=name,
+            description=description,
+            parent=parent.id,
+            layer=layer,
+            pages=pages,
+            pause_s=pause_s,
+            digests={"state": content_digest(folder / "state"), "delta": content_digest(folder / "delta")},
+            **common,
+        )
+        _finish(snapshot, folder)
+    log.debug("machine_frozen", machine=machine.name, snapshot=snapshot_id, pages=pages, pause_s=round(pause_s, 3))
+    return snapshot
+
+
+def _save_devices(machine: Machine) -> bytes:
+    """Have QEMU save the state of all devices of the paused machine."""
+    path = machine.files.sockets / "state"
+    # live=true: QEMU keeps its disks, the machine may run on afterwards.
+    machine.qmp("xen-save-devices-state", filename=str(path), live=True)
+    try:
+        return read_untrusted(path, MAX_STATE)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _switch_disk(machine: Machine, overlay: Path) -> None:
+    """Let the paused machine write to `overlay` from now on; its present disk layer does not change any more."""
+    snapshot = ElementTree.Element("domainsnapshot")
+    disk = ElementTree.SubElement(
+        ElementTree.SubElement(snapshot, "disks"), "disk", name=DISK, snapshot="external", type="file"
+    )
+    ElementTree.SubElement(disk, "driver", type="qcow2")
+    ElementTree.SubElement(disk, "source", file=str(overlay))
+    flags = (
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    )
+    with machine.hypervisor.errors(f"giving machine {machine.name} a new disk layer"):
+        machine.domain.snapshotCreateXML(ElementTree.tostring(snapshot, encoding="unicode"), flags)
+
+
+def _write_common(machine: Machine, folder: Path, state: bytes) -> dict[str, Any]:
+    """Write the files that all snapshots have, and return the fields that they fill in the same way."""
+    hypervisor = machine.hypervisor
+    with hypervisor.errors(f"reading the XML of machine {machine.name}"):
+        domain = ElementTree.fromstring(machine.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))  # noqa: S314 (libvirt's own words)
+    kind = domain.find("./os/type")
+    _generalise(domain)
+    write_private(folder / "domain.xml", ElementTree.tostring(domain), mode=0o400)
+    write_private(folder / "secret", machine.secret, mode=0o400)
+    write_private(folder / "state", state, mode=0o400)
+    return {
+        "created": time.time(),
+        "hardware": machine.hardware,
+        "qemu": version_text(hypervisor.qemu_version),
+        "machine_type": kind.get("machine", "") if kind is not None else "",
+        "cpu": hypervisor.cpu_model(machine.hardware.accelerator),
+    }
+
+
+def _generalise(domain: ElementTree.Element) -> None:
+    """Remove from a domain's XML what belongs to that one machine, or to its cold boot."""
+    removable = (
+        "metadata",
+        "memtune",
+        "cputune",
+        "resource",
+        "seclabel",
+        "{http://libvirt.org/schemas/domain/qemu/1.0}commandline",
+    )
+    for tag in removable:
+        for element in domain.findall(tag):
+            domain.remove(element)
+    for system in domain.iterfind("os"):
+        for tag in ("kernel", "initrd", "cmdline"):
+            for element in system.findall(tag):
+                system.remove(element)
+    for disk in domain.iterfind("./devices/disk"):
+        for element in disk.findall("backingStore"):
+            disk.remove(element)
+
+
+def _finish(snapshot: Snapshot, folder: Path) -> None:
+    """Write the metadata, and see to it that everything is on the disk before the snapshot is there."""
+    write_private(folder / "snapshot.json", snapshot.to_json())
+    stamp(folder)
+    for path in (*folder.iterdir(), snapshot.disk, folder):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

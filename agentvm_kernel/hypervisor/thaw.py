@@ -1,0 +1,151 @@
+"""Thawing: a snapshot becomes a machine.
+
+A new QEMU maps the snapshot's memory file privately, so all machines thawed from it share its pages until they write; it loads the
+devices' state, which we feed through a socket; and it gets an empty overlay on the snapshot's disk layer. The kernel process imports this
+module and waits for it, so it imports little and asks libvirt as little as it can.
+"""
+
+import json
+import socket
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+
+from agentvm_kernel.errors import SnapshotError
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.files import MachineFiles, give, write_private
+from agentvm_kernel.hypervisor.machine import Machine, new_name
+from agentvm_kernel.hypervisor.qcow2 import create_overlay
+from agentvm_kernel.hypervisor.snapshot import READ_ONLY_SINCE, Snapshot, ensure_memory, require_thawable
+from agentvm_kernel.hypervisor.tags import Owner, Tags
+from agentvm_kernel.log import get_logger
+
+log = get_logger(__name__)
+
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+MEMORY_ID = "agentvm-memory"
+LOAD_TIMEOUT_S = 30.0
+
+
+def thaw(
+    hypervisor: Hypervisor, snapshot: Snapshot, *, name: str | None = None, state: str = "leased", lease: str = ""
+) -> Machine:
+    """Return a new machine that is where the snapshot's was, paused: resume it, connect, renew its identity.
+
+    Args:
+        hypervisor: where.
+        snapshot: what to thaw.
+        name: of the machine; None makes one up.
+        state: what it is used as (see `Tags`).
+        lease: id of the lease.
+
+    Raises:
+        SnapshotMismatchError: the snapshot does not fit this host, or was tampered with.
+        SnapshotError: it cannot be loaded.
+    """
+    require_thawable(hypervisor, snapshot)
+    memory = ensure_memory(hypervisor, snapshot)
+    files = MachineFiles.of(name or new_name())
+    tags = Tags(
+        owner=Owner.current(),
+        folder=files.folder,
+        lease=lease,
+        template=snapshot.id,
+        state=state,
+        profile=snapshot.hardware.profile,
+    )
+    user = hypervisor.qemu_user
+    secret = snapshot.secret.read_bytes()
+    files.claim()
+    machine = Machine(hypervisor, files, uuid=str(uuid.uuid4()), hardware=snapshot.hardware, tags=tags, secret=secret)
+    try:
+        began = time.monotonic()
+        files.prepare(user, machine.record())
+        write_private(files.secret, secret)
+        create_overlay(files.overlay, snapshot.disk)
+        give(files.overlay, user)
+        xml = _domain_xml(hypervisor, snapshot, machine, str(memory))
+        prepared = time.monotonic()
+        machine.start(xml, paused=True)
+        created = time.monotonic()
+        _load(machine, snapshot)
+        loaded = time.monotonic()
+        machine.set_limits()
+        log.debug(
+            "machine_thawed",
+            machine=machine.name,
+            snapshot=snapshot.id,
+            prepare_ms=round((prepared - began) * 1000),
+            create_ms=round((created - prepared) * 1000),
+            load_ms=round((loaded - created) * 1000),
+            limits_ms=round((time.monotonic() - loaded) * 1000),
+        )
+    except BaseException:
+        machine.destroy()
+        raise
+    return machine
+
+
+def _load(machine: Machine, snapshot: Snapshot) -> None:
+    """Feed the devices' state to the waiting QEMU and return when it has loaded it."""
+    incoming = machine.files.incoming_socket
+    with machine.hypervisor.qmp_events(machine.domain, "MIGRATION") as events:
+        machine.qmp("migrate-incoming", uri=f"unix:{incoming}")
+        with socket.socket(socket.AF_UNIX) as feed:
+            feed.settimeout(LOAD_TIMEOUT_S)
+            feed.connect(str(incoming))
+            feed.sendall(snapshot.state.read_bytes())
+        last = events.wait_for(lambda event: event.get("status") in ("completed", "failed"), LOAD_TIMEOUT_S)
+    if last["status"] != "completed":
+        raise SnapshotError(
+            f"QEMU could not load the state of snapshot {snapshot.name or snapshot.id} into {machine.name}."
+        )
+
+
+def _domain_xml(hypervisor: Hypervisor, snapshot: Snapshot, machine: Machine, memory: str) -> str:
+    """Return the snapshot's domain XML with an identity, paths and memory of its own."""
+    files = machine.files
+    domain = ElementTree.fromstring(snapshot.domain_xml.read_bytes())  # noqa: S314 (our own file)
+    _element(domain, "name").text = machine.name
+    _element(domain, "uuid").text = machine.uuid
+    _element(domain, "genid").text = str(uuid.uuid4())
+    ElementTree.SubElement(domain, "metadata").append(machine.tags.to_element())
+    _element(domain, "./devices/disk/source").set("file", str(files.overlay))
+    for kind in ("serial", "console"):
+        for source in domain.iterfind(f"./devices/{kind}/source"):
+            source.set("path", str(files.serial_log))
+    for source in domain.iterfind("./devices/channel/source"):
+        source.set("path", str(files.guest_socket))
+    for cid in domain.iterfind("./devices/vsock/cid"):
+        cid.attrib.clear()
+        cid.set("auto", "yes")
+    if (user := hypervisor.dac_user) is not None:
+        label = ElementTree.SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
+        ElementTree.SubElement(label, "label").text = "+{}:+{}".format(*user)
+    backend: dict[str, object] = {
+        "qom-type": "memory-backend-file",
+        "id": MEMORY_ID,
+        "mem-path": memory,
+        "size": snapshot.hardware.memory_mib << 20,
+        "share": False,
+    }
+    if hypervisor.qemu_version >= READ_ONLY_SINCE:
+        backend |= {"readonly": True, "rom": "off"}
+    arguments = (
+        *("-pidfile", str(files.pid_file)),
+        *("-object", json.dumps(backend), "-machine", f"memory-backend={MEMORY_ID}"),
+        # What xen-save-devices-state writes begins with the devices, not with the configuration section of a migration.
+        *("-global", "migration.send-configuration=off"),
+        *("-incoming", "defer"),
+    )
+    commandline = ElementTree.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
+    for argument in arguments:
+        ElementTree.SubElement(commandline, f"{{{QEMU_NAMESPACE}}}arg", value=argument)
+    return ElementTree.tostring(domain, encoding="unicode")
+
+
+def _element(domain: ElementTree.Element, path: str) -> ElementTree.Element:
+    element = domain.find(path)
+    if element is None:
+        raise SnapshotError(f"The domain XML of the snapshot has no {path}.")
+    return element
