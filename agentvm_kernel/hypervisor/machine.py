@@ -453,24 +453,19 @@ def new_name() -> str:
 
 
 def spawn_releaser(name: str | None, uri: str) -> None:
-    """Start a detached process that destroys the machine `name` and deletes its files.
+    """Start a detached process that destroys machines and deletes their files.
 
     Args:
-        name: of the machine; None means every machine whose owner is gone.
+        name: of the machine; None: of all whose owner is gone.
         uri: of its libvirt.
     """
     package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_home, os.environ.get("PYTHONPATH"))))
-    subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "agentvm_kernel.hypervisor.reap",
-            "--uri",
-            uri,
-            *(["--machine", name] if name else []),
-        ],
+    command = [sys.executable, "-P", "-m", "agentvm_kernel.hypervisor.reap", "--uri", uri]
+    if name is not None:
+        command += ["--machine", name]
+    releaser = subprocess.Popen(
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -478,6 +473,8 @@ def spawn_releaser(name: str | None, uri: str) -> None:
         cwd="/",
         env={**os.environ, "PYTHONPATH": path},
     )
+    # Nobody waits here, but a process that lives on must not collect zombies.
+    threading.Thread(target=releaser.wait, name="agentvm-releaser", daemon=True).start()
 
 
 def boot_machine(
