@@ -5,6 +5,7 @@ import json
 import keyword
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_notebook(path: Path) -> NotebookNode:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without an id get one
-            notebook = nbformat.reads(text, as_version=4)
+            notebook: NotebookNode = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
             nbformat.validate(notebook)
     except Exception as error:  # nbformat raises whatever its converters stumble over
         raise _not_a_notebook(path, str(error).strip().partition("\n")[0]) from error
@@ -72,9 +73,10 @@ def inject_parameters(notebook: NotebookNode, values: Mapping[str, Any]) -> None
     if not values:
         return
     source = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [INJECTED_TAG]})
-    if notebook.nbformat_minor < 5:
-        del cell["id"]
+    metadata = NotebookNode(tags=[INJECTED_TAG])
+    cell = NotebookNode(cell_type="code", metadata=metadata, source=source, outputs=[], execution_count=None)
+    if notebook.nbformat_minor >= 5:
+        cell["id"] = uuid.uuid4().hex[:8]
     for number, old in enumerate(notebook.cells):
         if INJECTED_TAG in old.metadata.get("tags", []):
             notebook.cells[number] = cell
@@ -112,7 +114,8 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
         NotebookError: it cannot be written.
     """
     # A guest can print lone surrogates, which UTF-8 cannot hold.
-    data = (nbformat.writes(notebook) + "\n").encode("utf-8", "replace")
+    text: str = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
+    data = f"{text}\n".encode("utf-8", "replace")
     try:
         if _is_special(path):
             path.write_bytes(data)

@@ -16,9 +16,9 @@ from pathlib import Path
 from queue import Empty
 from typing import IO, Any
 
-import nbformat
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -169,7 +169,8 @@ class _Run:
         try:
             with self._report:
                 work = asyncio.create_task(self._execute(environment, folder))
-                await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {work, stop}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     work.cancel()
                     await asyncio.wait({work})
@@ -263,11 +264,11 @@ class _Run:
             answer = self._answers.popleft()
             shown = "········" if message["content"].get("password") else answer
             outputs = self._notebook.cells[self._current].outputs
-            outputs.append(nbformat.v4.new_output("stream", name="stdout", text=f"{prompt}{shown}\n"))
+            outputs.append(NotebookNode(output_type="stream", name="stdout", text=f"{prompt}{shown}\n"))
             channels.input(answer)
 
     async def _take_language(self, client: NotebookClient) -> None:
-        reply = await client.async_wait_for_reply(client.kc.kernel_info())  # type: ignore[union-attr, arg-type]
+        reply = await client.async_wait_for_reply(client.kc.kernel_info())  # type: ignore[union-attr]
         if reply is not None and "language_info" in reply["content"]:
             self._notebook.metadata["language_info"] = reply["content"]["language_info"]
 
@@ -277,7 +278,7 @@ class _Run:
         cell = None if self._current is None else self._notebook.cells[self._current]
         if ename and cell is not None:
             cell.outputs.append(
-                nbformat.v4.new_output("error", ename=ename, evalue=message, traceback=[f"{ename}: {message}"])
+                NotebookNode(output_type="error", ename=ename, evalue=message, traceback=[f"{ename}: {message}"])
             )
         write_notebook(self._notebook, self._output)
         if isinstance(failure, CellExecutionError) and cell is not None:
@@ -343,4 +344,4 @@ class _Run:
     async def _end_kernel(self) -> None:
         if self._manager.has_kernel:
             await self._manager.shutdown_kernel()
-        self._manager.cleanup_resources()
+        await ensure_async(self._manager.cleanup_resources())

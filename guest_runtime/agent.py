@@ -1,26 +1,26 @@
 """The agent: one loop that serves the host's connection, answers JSON-RPC calls and relays the Python kernel's messages.
 
 It outlives any error of one connection, and the newest authenticated host is the one that counts. Calls that may take a while run in
-threads and hand their answer back to the loop. Needs pyzmq, which ipykernel brings.
+threads and hand their answer back to the loop. No timers: an idle machine costs nothing. Needs pyzmq, which ipykernel brings.
 """
 
-import base64
+import gc
 import json
 import os
 import queue
 import select
-import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from guest_runtime import identity, methods, pipes, rpc
-from guest_runtime.bridge import Bridge
+from guest_runtime import methods, pipes, powers, rpc
+from guest_runtime.bridge import MAX_QUEUED, Bridge
 from guest_runtime.handshake import GuestHandshake, SessionLost, SessionStarted
 from guest_runtime.kernel import PythonKernel
 from guest_runtime.mux import Message, Mux
@@ -31,7 +31,11 @@ RUN = Path("/run/agentvm")
 USER = "notebook"
 VSOCK_PORT = 5005
 MAX_PIPES = 16
+WARM_UP_WAIT_S = 2.0
+WARM_UP_TRIES = 30
 _EDGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET
+
+MakeKernel = Callable[[Callable[[Path], None], Callable[[dict[str, Any]], None]], PythonKernel]
 
 
 class Agent:
@@ -39,24 +43,27 @@ class Agent:
 
     Args:
         secret: what the host has to know.
-        make_kernel: makes the Python kernel to relay to, given whom to tell of its end; it is not started yet.
+        make_kernel: makes the Python kernel to relay to, given whom to tell that it is up and that it ended; it is not started yet.
 
     Attributes:
         methods: by name; the owner may add some.
     """
 
-    def __init__(self, secret: bytes, make_kernel: Callable[[Callable[[dict[str, Any]], None]], PythonKernel]) -> None:
+    def __init__(self, secret: bytes, make_kernel: MakeKernel) -> None:
         self._secret = secret
         self._epoll = select.epoll()
         self._pipes: dict[int, Pipe] = {}
-        self._listeners: dict[int, socket.socket] = {}
+        self._watched: dict[int, Callable[[], None]] = {}
         self._mux: Mux | None = None
         self._mux_pipe: Pipe | None = None
-        self._done: queue.SimpleQueue[tuple[Mux | None, bytes]] = queue.SimpleQueue()
+        self._bridge: Bridge | None = None
+        self._up = False
+        self._early: list[tuple[Mux, Message]] = []  # came before the kernel was up
+        self._when_sent: list[tuple[int, Callable[[], None]]] = []
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._epoll.register(self._wake_read, select.EPOLLIN | select.EPOLLET)
-        self.kernel = make_kernel(self._on_kernel_ended)
-        self._bridge = Bridge(self.kernel.address, self._send, self._queued)
+        self.watch(self._wake_read, self._on_wake)
+        self.kernel = make_kernel(self._on_kernel_up, self._on_kernel_ended)
         method = rpc.Method
         self.methods: dict[str, rpc.Method] = {
             "ping": method(methods.ping),
@@ -64,6 +71,8 @@ class Agent:
             "system": method(methods.system),
             "network": method(methods.network),
             "disks": method(methods.disks, slow=True),
+            "quiesce": method(self.quiesce, slow=True),
+            "kernel.start": method(self.kernel.start, slow=True),
             "kernel.wait": method(self.kernel.wait, slow=True),
             "kernel.status": method(self.kernel.status),
             "kernel.interrupt": method(self.kernel.interrupt),
@@ -78,13 +87,17 @@ class Agent:
 
     def add_listener(self, listener: socket.socket) -> None:
         """Serve hosts that connect to a listening socket."""
-        self._listeners[listener.fileno()] = listener
-        self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLET)
+        self.watch(listener.fileno(), lambda: self._accept(listener))
+
+    def watch(self, fd: int, on_event: Callable[[], None]) -> None:
+        """Call something whenever a descriptor becomes readable; it has to read until nothing is left."""
+        self._watched[fd] = on_event
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def set_secret(self, secret: bytes) -> None:
         """Require another secret from the next handshake on."""
         self._secret = secret
-        for pipe in self._pipes.values():
+        for pipe in list(self._pipes.values()):
             pipe.link.secret = secret
 
     def _make_link(self) -> GuestHandshake:
@@ -94,26 +107,45 @@ class Agent:
         self._pipes[pipe.fd] = pipe
         self._epoll.register(pipe.fd, _EDGE)
 
+    def _accept(self, listener: socket.socket) -> None:
+        while (pipe := pipes.accept(listener, self._make_link)) is not None:
+            self._add_pipe(pipe)
+            # Anybody on the host may connect and say nothing: the oldest of those makes room.
+            silent = [other for other in self._pipes.values() if not other.lasting and other is not self._mux_pipe]
+            if len(silent) > MAX_PIPES:
+                self._drop(silent[0])
+
+    def _drop(self, pipe: Pipe) -> None:
+        self._pipes.pop(pipe.fd, None)
+        pipe.close()
+        if self._mux_pipe is pipe:
+            self._lose_host()
+
+    def _lose_host(self) -> None:
+        self._mux = self._mux_pipe = None
+        self._early.clear()
+
     # ---- the loop
 
     def run(self) -> None:
         """Serve for ever."""
         poller = zmq.Poller()
-        watched: set[zmq.Socket[bytes]] = set()
         poller.register(self._epoll.fileno(), zmq.POLLIN)
+        relayed: set[zmq.Socket[bytes]] = set()
         while True:
-            wanted = set(self._bridge.sockets()) if self._mux is not None else set()
-            for relayed in watched - wanted:
-                poller.unregister(relayed)
-            for relayed in wanted - watched:
-                poller.register(relayed, zmq.POLLIN)
-            watched = wanted
+            wanted = self._wanted_sockets()
+            if wanted != relayed:
+                for gone in relayed - wanted:
+                    poller.unregister(gone)
+                for new in wanted - relayed:
+                    poller.register(new, zmq.POLLIN)
+                relayed = wanted
             busy = any(pipe.sendable or pipe.readable for pipe in self._pipes.values())
             for source, _ in poller.poll(0 if busy else None):
                 if isinstance(source, int):
                     self._on_descriptors()
-                else:
-                    self._bridge.from_kernel(source)
+                elif self._bridge is not None and source in self._bridge.sockets:
+                    self._guarded(self._bridge.from_kernel, source, self._queued)
             for pipe in list(self._pipes.values()):
                 if pipe.readable:
                     self._read(pipe)
@@ -121,42 +153,36 @@ class Agent:
                     pipe.write()
                 if not pipe.open:
                     self._drop(pipe)
+            if self._when_sent:
+                self._tell_sent()
+
+    def _wanted_sockets(self) -> "set[zmq.Socket[bytes]]":
+        """The kernel's sockets to read from: not those whose output the host does not take fast enough."""
+        if self._bridge is None or (self._mux is None and not self._bridge.probing):
+            return set()
+        return {socket for socket, channel in self._bridge.sockets.items() if self._queued(channel) < MAX_QUEUED}
 
     def _on_descriptors(self) -> None:
         for fd, _ in self._epoll.poll(0):
-            if fd == self._wake_read:
-                self._on_wake()
-            elif fd in self._listeners:
-                while (pipe := pipes.accept(self._listeners[fd], self._make_link)) is not None:
-                    self._add_pipe(pipe)
-                    self._limit_pipes()
-            elif fd in self._pipes:
+            if fd in self._pipes:
                 self._pipes[fd].on_event()
-
-    def _limit_pipes(self) -> None:
-        """Anybody on the host may connect and say nothing: the oldest of those makes room."""
-        silent = [pipe for pipe in self._pipes.values() if not pipe.lasting and pipe is not self._mux_pipe]
-        if len(silent) > MAX_PIPES:
-            self._drop(silent[0])
-
-    def _drop(self, pipe: Pipe) -> None:
-        self._pipes.pop(pipe.fd, None)
-        pipe.close()
-        if self._mux_pipe is pipe:
-            self._mux = self._mux_pipe = None
+            elif fd in self._watched:
+                self._watched[fd]()
 
     def _read(self, pipe: Pipe) -> None:
         for event in pipe.read():
             if isinstance(event, Message):
                 if pipe is self._mux_pipe and self._mux is not None:
-                    self._on_message(self._mux, event)
+                    self._guarded(self._on_message, self._mux, event)
             elif isinstance(event, SessionStarted):
                 self._on_session(pipe, event.mux)
             elif isinstance(event, SessionLost) and pipe is self._mux_pipe:
-                self._mux = self._mux_pipe = None
+                self._lose_host()
 
     def _on_session(self, pipe: Pipe, mux: Mux) -> None:
-        before, self._mux, self._mux_pipe = self._mux_pipe, mux, pipe
+        before = self._mux_pipe
+        self._lose_host()
+        self._mux, self._mux_pipe = mux, pipe
         if before is not None and before is not pipe:
             before.link.end_session("another host took over")
             if not before.lasting:
@@ -165,43 +191,127 @@ class Agent:
     def _on_message(self, mux: Mux, message: Message) -> None:
         if message.channel == Channel.RPC:
             self._call(mux, message.parts[0])
-        else:
+        elif self._up and self._bridge is not None:
             self._bridge.to_kernel(message.channel, message.parts)
+        else:
+            # No credit is given back meanwhile, so it is never much.
+            self._early.append((mux, message))
+            return
         mux.consumed(message.channel, message.size)
+
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call something that one bad message must not let fail: the agent is the only way to this machine."""
+        try:
+            function(*arguments)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+
+    def call_soon(self, task: Callable[[], None]) -> None:
+        """Have the loop call something, from any thread."""
+        self._tasks.put(task)
+        try:
+            os.write(self._wake_write, b".")
+        except BlockingIOError:
+            pass  # the pipe is full of wake-ups
+
+    def _on_wake(self) -> None:
+        try:
+            while os.read(self._wake_read, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        while not self._tasks.empty():
+            self._guarded(self._tasks.get())
 
     # ---- calls
 
     def _call(self, mux: Mux, part: bytes) -> None:
         call = rpc.parse(part, self.methods)
-        if isinstance(call, bytes):
-            mux.send(Channel.RPC, [call])
+        if not isinstance(call, rpc.Call):
+            self._answer(mux, call)
         elif call.method.slow:
             threading.Thread(target=self._run_slow, args=(mux, call), daemon=True).start()
-        elif (answer := call.run()) is not None:
-            mux.send(Channel.RPC, [answer])
+        else:
+            self._answer(mux, call.run())
 
     def _run_slow(self, mux: Mux, call: rpc.Call) -> None:
         answer = call.run()
-        if answer is not None:
-            self._post(mux, answer)
+        self.call_soon(lambda: self._answer(mux, answer))
 
-    def _post(self, mux: Mux | None, answer: bytes) -> None:
-        """Have the loop send something to the host, from any thread; None is whichever host is there."""
-        self._done.put((mux, answer))
-        os.write(self._wake_write, b".")
+    def _answer(self, mux: Mux, answer: bytes | None) -> None:
+        if answer is not None and mux is self._mux:
+            mux.send(Channel.RPC, [answer])
 
-    def _on_wake(self) -> None:
-        try:
-            os.read(self._wake_read, 4096)
-        except BlockingIOError:
-            return
-        while not self._done.empty():
-            mux, answer = self._done.get()
-            if self._mux is not None and mux in (None, self._mux):
-                self._mux.send(Channel.RPC, [answer])
+    def when_sent(self, channel: int, then: Callable[[], None]) -> None:
+        """Call something once all that waits for the host on a channel is on its way; at once when there is no host."""
+        self._when_sent.append((channel, then))
+
+    def _tell_sent(self) -> None:
+        waiting, self._when_sent = self._when_sent, []
+        for channel, then in waiting:
+            if self._queued(channel) or (self._mux_pipe is not None and self._mux_pipe.unsent):
+                self._when_sent.append((channel, then))
+            else:
+                self._guarded(then)
+
+    def quiesce(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Confirm that no cell runs and that the host has all output; cells on subshells are the host's to wait for.
+
+        Args:
+            timeout_s: how long a running cell may take.
+
+        Raises:
+            RpcError: a cell is running (code -32001), or there is no kernel.
+        """
+        self.kernel.wait()
+        idle, sent = threading.Event(), threading.Event()
+
+        def ask() -> None:
+            if self._bridge is not None:
+                self._bridge.probe(idle.set)
+
+        self.call_soon(ask)
+        if not idle.wait(timeout_s):
+            raise rpc.RpcError(f"a cell was still running after {timeout_s:g} s", code=rpc.BUSY)
+        self.call_soon(lambda: self.when_sent(Channel.IOPUB, sent.set))
+        if not sent.wait(timeout_s):
+            raise rpc.RpcError(f"the host did not take all output within {timeout_s:g} s", code=rpc.BUSY)
+        return {"quiet": True}
+
+    # ---- the Python kernel
+
+    def _on_kernel_up(self, folder: Path) -> None:
+        """Connect to a new kernel and see it run something; in a thread of the kernel's."""
+        warm = threading.Event()
+        self.call_soon(lambda: self._connect(folder))
+        for _ in range(WARM_UP_TRIES):
+            self.call_soon(lambda: self._warm_up(warm))
+            if warm.wait(WARM_UP_WAIT_S):
+                return
+        print("agentvm: the Python kernel takes requests, but does not run anything", file=sys.stderr)
+
+    def _connect(self, folder: Path) -> None:
+        if self._bridge is not None:
+            self._bridge.close()
+        self._bridge = Bridge(folder, self._send)
+
+    def _warm_up(self, warm: threading.Event) -> None:
+        def done() -> None:
+            self._up = True
+            early, self._early = self._early, []
+            for mux, message in early:
+                self._on_message(mux, message)
+            warm.set()
+
+        if self._bridge is not None:
+            self._bridge.probe(done, run=True)
 
     def _on_kernel_ended(self, how: dict[str, Any]) -> None:
-        self._post(None, rpc.notification("kernel.died", how))
+        def tell() -> None:
+            if self._mux is not None:
+                self._mux.send(Channel.RPC, [rpc.notification("kernel.died", how)])
+
+        self.call_soon(tell)
 
     def _send(self, channel: int, parts: list[bytes]) -> None:
         if self._mux is not None:
@@ -211,65 +321,33 @@ class Agent:
         return self._mux.queued_bytes(channel) if self._mux is not None else 0
 
 
-class Powers:
-    """Methods that change the machine itself; only for an agent that runs as root in a machine of its own."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-
-    def renew(
-        self, entropy: str, time_ns: int, hostname: str, machine_id: str, secret: str, reseed: bool
-    ) -> dict[str, bool]:
-        """Give the machine a new identity; answer only when every part of it holds."""
-        seed = base64.b64decode(entropy, validate=True)
-        new_secret = base64.b64decode(secret, validate=True)
-        if len(seed) < 64 or len(new_secret) < 32:
-            raise rpc.RpcError("too little entropy, or too short a secret", code=rpc.INVALID_PARAMS)
-        # The first half is for the kernel alone: what Python is seeded with can be read by the user's code.
-        half = len(seed) // 2
-        identity.reseed_kernel(seed[:half])
-        identity.set_clock(time_ns)
-        identity.set_hostname(hostname)
-        identity.set_machine_id(machine_id)
-        identity.renew_boot_id()
-        if reseed:
-            self._agent.kernel.reseed(seed[half:])
-        self._agent.set_secret(new_secret)
-        confirmed = dict.fromkeys(("entropy", "time", "hostname", "machine_id", "boot_id", "secret"), True)
-        return confirmed | {"reseed": reseed}
-
-    def shutdown(self) -> dict[str, Any]:
-        """Switch the machine off cleanly; PID 1 does it."""
-        os.kill(1, signal.SIGTERM)
-        return {}
-
-    def reboot(self) -> dict[str, Any]:
-        """Restart the machine cleanly; PID 1 does it."""
-        os.kill(1, signal.SIGINT)
-        return {}
-
-
 def main() -> None:
     """Run as the agent of a virtual machine."""
     boot = json.loads((RUN / "boot.json").read_text())
-    secret = (RUN / "secret").read_bytes()
-    agent = Agent(secret, lambda on_ended: PythonKernel(RUN / "kernel", boot.get("preload", ()), USER, on_ended))
-    powers = Powers(agent)
-    agent.methods |= {
-        "renew": rpc.Method(powers.renew, slow=True),
-        "shutdown": rpc.Method(powers.shutdown),
-        "reboot": rpc.Method(powers.reboot),
-    }
+    agent = Agent(
+        (RUN / "secret").read_bytes(),
+        lambda on_up, on_ended: PythonKernel(
+            RUN / "kernel",
+            boot.get("preload", ()),
+            boot.get("user", USER),
+            on_up=on_up,
+            on_ended=on_ended,
+            restarts=boot.get("restart_kernel", False),
+        ),
+    )
+    agent.methods |= powers.Powers(agent).methods()
     port = pipes.open_virtio_port()
     if port is not None:
         agent.add_port(port)
-    listener = pipes.listen_vsock(VSOCK_PORT)
+    listener = pipes.listen_vsock(boot.get("port", VSOCK_PORT))
     if listener is not None:
         agent.add_listener(listener)
     if port is None and listener is None:
         sys.exit("agentvm: this machine has neither a virtio-serial port nor vsock, so no host can reach it")
     if boot.get("kernel", True):
         agent.kernel.start()
+    gc.collect()
+    gc.freeze()  # nothing of it goes away again, and untouched pages stay shared by all clones
     agent.run()
 
 

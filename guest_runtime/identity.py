@@ -7,12 +7,14 @@ path of every start. Standard library only; needs root.
 
 import ctypes
 import fcntl
+import ipaddress
 import os
 import re
 import socket
 import struct
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 # <linux/random.h>
@@ -21,6 +23,15 @@ _RNDRESEEDCRNG = 0x5207
 _MS_BIND = 4096
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _OWN_BOOT_ID = "/run/agentvm/boot_id"
+
+# <linux/netlink.h>, <linux/sock_diag.h>, <linux/inet_diag.h>, <net/tcp_states.h>
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DESTROY = 21
+_NLMSG_ERROR = 2
+_NLM_F_REQUEST, _NLM_F_ACK = 1, 4
+_ALL_STATES = 0xFFFFFFFF
+_NO_COOKIE = 0xFFFFFFFF
+_TIME_WAIT, _CLOSE, _LISTEN = 6, 7, 10
 
 
 def reseed_kernel(entropy: bytes) -> None:
@@ -40,25 +51,108 @@ def set_hostname(name: str) -> None:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
         raise ValueError(f"{name!r} is not a host name")
     socket.sethostname(name)
-    Path("/etc/hostname").write_text(f"{name}\n")
-    Path("/etc/hosts").write_text(f"127.0.0.1 localhost {name}\n::1 localhost\n")
+    replace(Path("/etc/hostname"), f"{name}\n".encode())
+    replace(Path("/etc/hosts"), f"127.0.0.1 localhost {name}\n::1 localhost ip6-localhost\n".encode())
 
 
 def set_machine_id(machine_id: str) -> None:
     """Set the id of machine-id(5): 32 hexadecimal digits."""
     if not re.fullmatch(r"[0-9a-f]{32}", machine_id):
         raise ValueError("a machine id has 32 hexadecimal digits")
-    Path("/etc/machine-id").write_text(f"{machine_id}\n")
+    replace(Path("/etc/machine-id"), f"{machine_id}\n".encode())
 
 
 def renew_boot_id() -> None:
     """Make boot_id a fresh one: the kernel's own cannot be changed, so a file of ours lies over it."""
+    wanted = f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n"
     own = Path(_OWN_BOOT_ID)
     mounted = own.exists()
-    own.write_text(f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n")
+    own.write_text(wanted)
     if not mounted:
         own.chmod(0o444)
         mount(str(own), _BOOT_ID, "", _MS_BIND)
+    if Path(_BOOT_ID).read_text() != wanted:
+        raise OSError(f"{_BOOT_ID} does not show the new id")
+
+
+def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file so that it holds either the old or the new, whatever happens."""
+    fresh = path.with_name(f".{path.name}.agentvm")
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    fresh.replace(path)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A TCP connection: both ends as packed addresses (4 or 16 bytes) and ports."""
+
+    local: bytes
+    local_port: int
+    remote: bytes
+    remote_port: int
+
+
+def connections() -> list[Connection]:
+    """Return the TCP connections that lead out of this machine (proc_net_tcp.txt in the kernel's documentation)."""
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        for line in lines:
+            _, local, remote, state = line.split(None, 4)[:4]
+            if int(state, 16) not in (_TIME_WAIT, _CLOSE, _LISTEN):
+                connection = Connection(*_end_point(local), *_end_point(remote))
+                if not _is_loopback(connection.remote):
+                    found.append(connection)
+    return found
+
+
+def drop_connections() -> None:
+    """Reset all TCP connections that lead out of this machine: its siblings have the same.
+
+    Those inside the machine go on. To be called before it gets a network interface, or else the peer is told, and its other siblings
+    lose theirs. Protocol: sock_diag(7).
+
+    Raises:
+        OSError: one is still there.
+    """
+    inherited = connections()
+    if not inherited:
+        return
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
+        for one in inherited:
+            family = socket.AF_INET if len(one.local) == 4 else socket.AF_INET6
+            body = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, _ALL_STATES)
+            body += struct.pack(">HH16s16s", one.local_port, one.remote_port, one.local, one.remote)
+            body += struct.pack("=III", 0, _NO_COOKIE, _NO_COOKIE)
+            diag.send(struct.pack("=IHHII", 16 + len(body), _SOCK_DESTROY, _NLM_F_REQUEST | _NLM_F_ACK, 1, 0) + body)
+            answer = diag.recv(8192)
+            _, kind, _, _, _ = struct.unpack_from("=IHHII", answer)
+            error = -struct.unpack_from("=i", answer, 16)[0] if kind == _NLMSG_ERROR else 0
+            if error not in (0, 2):  # ENOENT: it went by itself
+                raise OSError(error, f"an inherited TCP connection cannot be dropped: {os.strerror(error)}")
+    if set(inherited) & set(connections()):
+        raise OSError("inherited TCP connections are still there")
+
+
+def _end_point(text: str) -> tuple[bytes, int]:
+    """Parse "0100007F:0016": words of the address in the machine's byte order, then the port."""
+    words, _, port = text.partition(":")
+    address = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
+    return address, int(port, 16)
+
+
+def _is_loopback(address: bytes) -> bool:
+    parsed = ipaddress.ip_address(address)
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:

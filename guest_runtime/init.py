@@ -6,6 +6,7 @@ stays for ever.
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -73,6 +74,7 @@ def _prepare() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", _IFF_UP_RUNNING))
     Path("/proc/sys/kernel/ctrl-alt-del").write_text("0")
+    socket.sethostname(json.loads(Path("/run/agentvm/boot.json").read_text()).get("hostname", "agentvm"))
 
 
 def _start_agent() -> int:

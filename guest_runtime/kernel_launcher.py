@@ -1,21 +1,32 @@
 """Runs inside the Python kernel's process: starts ipykernel, and reseeds its generators when the agent asks.
 
 The agent starts it as `python kernel_launcher.py FD CONNECTION_FILE [MODULE …]`. FD is a socket to the agent that carries lines of
-JSON: we say {"ready": true, "failed": {module: error}} when ipykernel can take requests; {"reseed": HEX} asks for fresh seeds and is
-answered with {"reseeded": true}. The user's code runs in this process, so nothing that comes from it is trusted by anyone.
+JSON: we say {"ready": true, "failed": {module: error}} when ipykernel takes requests; {"reseed": HEX} asks for fresh seeds and is
+answered with {"reseeded": true}. When that socket ends, the agent is gone and so is everything of this process group. The user's code
+runs in this process, so nothing that comes from it is trusted by anyone.
+
+Imports nothing of guest_runtime: the user's code does not find the runtime on its path.
 """
 
 import contextlib
+import gc
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import warnings
+from typing import Any
+
+STREAM_BLOCK = 1024 * 1024
+"""A cell that prints waits for its reader every so many characters."""
+PUBLISHED_AHEAD = 32
+"""So many published messages may wait for the agent; at ZeroMQ's default of 1000, those of a flood take gigabytes."""
 
 
 def _reseed(seed: bytes) -> None:
-    """Seed `random` and `numpy.random`, each differently, from what the host gave."""
+    """Seed `random` and `numpy.random` from what the host gave, and forget the host name that Python remembers."""
     import random
 
     random.seed(seed)
@@ -23,18 +34,55 @@ def _reseed(seed: bytes) -> None:
     if numpy is not None and hasattr(numpy, "random"):
         words = [int.from_bytes(seed[at : at + 4], "big") for at in range(0, len(seed) - 3, 4)]
         numpy.random.seed(words)
+    platform = sys.modules.get("platform")
+    if platform is not None:
+        platform._uname_cache = None  # type: ignore[attr-defined]
 
 
 def _serve(agent: socket.socket) -> None:
-    with agent.makefile("r") as lines:
-        for line in lines:
-            request = json.loads(line)
-            try:
-                _reseed(bytes.fromhex(request["reseed"]))
-            except Exception:
-                agent.sendall(b'{"reseeded": false}\n')
-            else:
-                agent.sendall(b'{"reseeded": true}\n')
+    """Do what the agent asks, until it is gone."""
+    try:
+        with agent.makefile("r") as lines:
+            for line in lines:
+                request = json.loads(line)
+                try:
+                    _reseed(bytes.fromhex(request["reseed"]))
+                except Exception:
+                    agent.sendall(b'{"reseeded": false}\n')
+                else:
+                    agent.sendall(b'{"reseeded": true}\n')
+    finally:
+        os.killpg(0, signal.SIGKILL)
+
+
+def _make_output_wait(app: Any) -> None:
+    """Make output wait for its reader instead of being dropped, or collected without bound.
+
+    ipykernel drops what it publishes when 1000 messages wait, and collects text without bound. A terminal or a pipe makes the writer
+    wait instead, and so do we: publishing blocks ipykernel's IOPub thread, and writing blocks until earlier text has been published.
+    """
+    import zmq
+    from ipykernel.iostream import OutStream
+
+    def set_options() -> None:
+        publisher = app.iopub_thread.socket
+        publisher.set(zmq.XPUB_NODROP, 1)
+        publisher.set(zmq.SNDHWM, PUBLISHED_AHEAD)
+
+    app.iopub_thread.schedule(set_options)  # in its thread: a socket belongs to one
+
+    write_at_once = OutStream.write
+
+    def write(self: Any, string: str) -> Any:
+        written = write_at_once(self, string)
+        waiting = self.__dict__.get("_agentvm_waiting", 0) + len(string)
+        if waiting >= STREAM_BLOCK:
+            waiting = 0
+            self.flush()  # gives up after 10 s, so a cell goes on even where nobody reads
+        self.__dict__["_agentvm_waiting"] = waiting
+        return written
+
+    OutStream.write = write
 
 
 def main() -> None:
@@ -59,14 +107,16 @@ def main() -> None:
             __import__(name)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
-    app = IPKernelApp.instance()
+    # ipykernel takes no signal of ours: 1 is a parent that it never looks for, and does not explain Ctrl-C to.
+    app = IPKernelApp.instance(parent_handle=1)
     app.initialize(["-f", connection_file])  # type: ignore[no-untyped-call]
+    _make_output_wait(app)
+    # What is imported now stays: the collector need not touch it, so machines that share these pages go on sharing them.
+    gc.collect()
+    gc.freeze()
     threading.Thread(target=_serve, args=(agent,), name="agentvm-reseed", daemon=True).start()
     agent.sendall(json.dumps({"ready": True, "failed": failed}).encode() + b"\n")
-    with contextlib.suppress(KeyboardInterrupt):
-        app.start()  # type: ignore[no-untyped-call]
-    sys.stdout.flush()
-    os._exit(0)
+    app.start()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

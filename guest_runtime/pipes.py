@@ -60,6 +60,11 @@ class Pipe:
         return self.link.end_session("the host is gone")
 
     @property
+    def unsent(self) -> bool:
+        """Whether something was taken from the session that the descriptor did not take yet."""
+        return self.open and bool(self._unsent)
+
+    @property
     def sendable(self) -> bool:
         """Whether `write` has something to do and the descriptor takes it."""
         return self.open and self._writable and (bool(self._unsent) or self.link.writable)

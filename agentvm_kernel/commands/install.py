@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix", metavar="PATH", help="under PATH, such as /usr/local, for every Jupyter that looks there"
     )
     parser.add_argument("--name", default="agentvm", help="name of the kernelspec (default: %(default)s)")
-    parser.add_argument("--display-name", default="Python 3 (agentvm)", help="what launchers show (default: %(default)s)")
+    parser.add_argument(
+        "--display-name", default="Python 3 (agentvm)", help="what launchers show (default: %(default)s)"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:

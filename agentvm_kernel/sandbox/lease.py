@@ -12,11 +12,14 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from agentvm_kernel.errors import AgentVMError, BootError, MachineLost
+from agentvm_kernel.errors import MachineLost
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.machine import Machine, boot_machine, spawn_releaser
+from agentvm_kernel.hypervisor.machine import Machine, spawn_releaser
+from agentvm_kernel.hypervisor.snapshot import Snapshot
+from agentvm_kernel.hypervisor.thaw import thaw
 from agentvm_kernel.image import store
 from agentvm_kernel.log import get_logger
+from agentvm_kernel.sandbox import templates
 from agentvm_kernel.sandbox.settings import SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
@@ -26,6 +29,7 @@ Progress = Callable[[str], None]
 
 RENEW_TIMEOUT_S = 20.0
 LOST_GRACE_S = 1.0
+THAW_TIMEOUT_S = 30.0
 # Machines whose owner was killed are removed by whoever comes next, but not while a first cell wants the CPUs.
 REAP_AFTER_S = 3.0
 
@@ -82,22 +86,35 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
         AgentVMError: no machine can be had; the message says why and what to do.
     """
     say = on_progress or (lambda _: None)
-    hypervisor, machine = await asyncio.to_thread(_obtain, settings, say)
+    hypervisor = await asyncio.to_thread(Hypervisor, settings.uri)
+    image = store.find(settings.image)
+    template = await templates.ensure(
+        hypervisor, image, settings.profile, timeout_s=settings.boot_timeout_s, on_progress=say
+    )
+    say("Thawing a machine")
+    machine = await asyncio.to_thread(_thaw_running, hypervisor, template)
     try:
-        connection = await open_connection(machine.address, machine.secret, timeout_s=settings.boot_timeout_s)
+        connection = await open_connection(machine.address, machine.secret, timeout_s=THAW_TIMEOUT_S)
         try:
-            say("Waiting for the Python kernel in the machine")
-            await connection.call("kernel.wait", timeout_s=settings.boot_timeout_s)
             await renew_identity(connection, machine, reseed=True)
         except BaseException:
             await connection.close()
             raise
-    except BaseException as error:
-        explained = await asyncio.to_thread(_explain, machine, error)
+    except BaseException:
         await asyncio.to_thread(machine.release)
-        raise explained from error
+        raise
     asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
     return Lease(hypervisor, machine, connection)
+
+
+def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot) -> Machine:
+    machine = thaw(hypervisor, snapshot)
+    try:
+        machine.resume()
+    except BaseException:
+        machine.release()
+        raise
+    return machine
 
 
 async def renew_identity(connection: GuestConnection, machine: Machine, *, reseed: bool) -> dict[str, Any]:
@@ -133,22 +150,3 @@ async def renew_identity(connection: GuestConnection, machine: Machine, *, resee
         )
     machine.secret = secret
     return confirmed
-
-
-def _obtain(settings: SandboxSettings, say: Progress) -> tuple[Hypervisor, Machine]:
-    """Blocking part of `acquire`: reach libvirt, find the image, boot."""
-    hypervisor = Hypervisor(settings.uri)
-    image = store.find(settings.image)
-    say("Booting a virtual machine")
-    return hypervisor, boot_machine(hypervisor, image, settings.profile)
-
-
-def _explain(machine: Machine, error: BaseException) -> BaseException:
-    """Add the tail of the serial log where the guest did not come up."""
-    if not isinstance(error, AgentVMError):
-        return error
-    tail = machine.console_tail(20)
-    return BootError(
-        f"Machine {machine.name} did not come up: {error.message}",
-        hint=f"The end of its serial log:\n{tail}" if tail else error.hint,
-    )

@@ -31,7 +31,14 @@ def load_settings(**overrides: Any) -> SandboxSettings:
         ConfigError: the file or a variable holds something invalid.
     """
     settings = SandboxSettings()
-    variables = ("AGENTVM_URI", "AGENTVM_ACCEL", "AGENTVM_IMAGE", "AGENTVM_PROFILE", "AGENTVM_BOOT_TIMEOUT", "AGENTVM_CONFIG")
+    variables = (
+        "AGENTVM_URI",
+        "AGENTVM_ACCEL",
+        "AGENTVM_IMAGE",
+        "AGENTVM_PROFILE",
+        "AGENTVM_BOOT_TIMEOUT",
+        "AGENTVM_CONFIG",
+    )
     if OWNER_CONFIG.exists() or user_config().exists() or any(name in os.environ for name in variables):
         # pydantic is loaded only where there is something to validate.
         from agentvm_kernel.config import load_config

@@ -25,7 +25,12 @@ def test_installed_for_the_user_it_is_found_and_complete(jupyter):
     assert spec.display_name == "Python 3 (agentvm)"
     assert spec.interrupt_mode == "message"
     assert spec.metadata["debugger"] is True
-    assert {path.name for path in folder.iterdir()} >= {"kernel.json", "logo-32x32.png", "logo-64x64.png", "logo-svg.svg"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "kernel.json",
+        "logo-32x32.png",
+        "logo-64x64.png",
+        "logo-svg.svg",
+    }
 
 
 def test_installed_again_it_replaces_the_old_one(jupyter):

@@ -24,7 +24,7 @@ from agentvm_kernel.image import initramfs
 from agentvm_kernel.image.build import build_image
 from agentvm_kernel.image.spec import load_spec
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 
 
@@ -101,7 +101,7 @@ done = subprocess.run(["sudo", "env", "PYTHONPATH=" + str(folder), "/opt/noteboo
 print(done.stdout, done.stderr)
 assert done.returncode == 0
 """
-    shown = run(outer, code, 600)
+    shown = run(outer, code, 900)
     seen = json.loads(next(line for line in shown.splitlines() if line.startswith("{")))
     print(seen)
     assert seen["vsock_available"] is True

@@ -1,0 +1,112 @@
+"""Templates: the snapshots of freshly booted machines that all others are thawed from. Built on first need, once, by whoever comes first.
+
+A template fits one image, one profile, one guest runtime, one QEMU and one CPU model; for anything else another one is built. It belongs to
+one user, since the machines thawed from it share its memory (HAZARDS 7). The kernel process imports this module.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable
+
+from agentvm_kernel import paths
+from agentvm_kernel.errors import AgentVMError, BootError
+from agentvm_kernel.hypervisor import accelerator
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.freeze import freeze_template
+from agentvm_kernel.hypervisor.machine import Machine, boot_machine
+from agentvm_kernel.hypervisor.snapshot import Snapshot, find_template
+from agentvm_kernel.image.initramfs import runtime_digest
+from agentvm_kernel.image.store import Image
+from agentvm_kernel.log import get_logger
+from agentvm_kernel.transport.connection import open_connection
+from agentvm_kernel.transport.host import vsock_available
+
+log = get_logger(__name__)
+
+Progress = Callable[[str], None]
+CONSOLE_LINES = 20
+
+
+def find(hypervisor: Hypervisor, image: Image, profile: str) -> Snapshot | None:
+    """Return the template for this image and profile on this host, None where it has to be built. Blocks."""
+    return find_template(
+        hypervisor,
+        profile=profile,
+        accelerator=accelerator.choose().kind,
+        image=image.digest,
+        runtime=runtime_digest(),
+        vsock=vsock_available(),
+    )
+
+
+async def ensure(
+    hypervisor: Hypervisor, image: Image, profile: str, *, timeout_s: float, on_progress: Progress = lambda text: None
+) -> Snapshot:
+    """Return the template for this image and profile, built unless it is there. Several processes that want it build it once.
+
+    Args:
+        hypervisor: where.
+        image: what to boot.
+        profile: name of the resource profile.
+        timeout_s: how long the guest may take to boot.
+        on_progress: called with a short sentence at each stage.
+
+    Raises:
+        AgentVMError: it cannot be built; the message says why.
+    """
+    if (ready := await asyncio.to_thread(find, hypervisor, image, profile)) is not None:
+        return ready
+    on_progress("Waiting for another process that builds the template")
+    async with _locked():
+        if (ready := await asyncio.to_thread(find, hypervisor, image, profile)) is not None:
+            return ready
+        on_progress("Booting a machine to make a template of, which is done once")
+        machine = await asyncio.to_thread(boot_machine, hypervisor, image, profile, template=True)
+        try:
+            await settle(machine, timeout_s=timeout_s, on_progress=on_progress)
+            on_progress("Freezing the template")
+            return await asyncio.to_thread(freeze_template, machine)
+        except BaseException as error:
+            explained = await asyncio.to_thread(explain_boot, machine, error)
+            await asyncio.to_thread(machine.release)
+            raise explained from error
+
+
+async def settle(machine: Machine, *, timeout_s: float, on_progress: Progress = lambda text: None) -> None:
+    """Wait until a machine's Python kernel is ready and the guest stands at a clean boundary, with no host connected.
+
+    Raises:
+        AgentVMError: it does not get there.
+    """
+    connection = await open_connection(machine.address, machine.secret, timeout_s=timeout_s)
+    try:
+        on_progress("Waiting for the Python kernel in the machine")
+        state = await connection.call("kernel.wait", timeout_s=timeout_s)
+        for module, problem in state.get("failed_preload", {}).items():
+            log.warning("preload_failed", module=str(module)[:100], problem=str(problem)[:300])
+        await connection.call("quiesce", timeout_s=timeout_s)
+    finally:
+        await connection.close()
+
+
+def explain_boot(machine: Machine, error: BaseException) -> BaseException:
+    """Return an error that shows the end of the serial log where the guest did not come up. Blocks."""
+    if not isinstance(error, AgentVMError):
+        return error
+    tail = machine.console_tail(CONSOLE_LINES)
+    return BootError(
+        f"Machine {machine.name} did not come up: {error.message}",
+        hint=f"The end of its serial log:\n{tail}" if tail else error.hint,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _locked() -> AsyncIterator[None]:
+    descriptor = os.open(paths.state_dir() / "template.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
