@@ -4,6 +4,7 @@ It outlives any error of one connection, and the newest authenticated host is th
 threads and hand their answer back to the loop. No timers: an idle machine costs nothing. Needs pyzmq, which ipykernel brings.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -33,7 +34,6 @@ VSOCK_PORT = 5005
 MAX_PIPES = 16
 WARM_UP_WAIT_S = 2.0
 WARM_UP_TRIES = 30
-_EDGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET
 
 MakeKernel = Callable[[Callable[[Path], None], Callable[[dict[str, Any]], None]], PythonKernel]
 
@@ -83,7 +83,7 @@ class Agent:
 
     def add_port(self, fd: int) -> None:
         """Serve hosts on a virtio-serial port."""
-        self._add_pipe(Pipe(fd, self._make_link(), lasting=True))
+        self._pipes[fd] = Pipe(fd, self._epoll, self._make_link(), lasting=True)
 
     def add_listener(self, listener: socket.socket) -> None:
         """Serve hosts that connect to a listening socket."""
@@ -103,13 +103,9 @@ class Agent:
     def _make_link(self) -> GuestHandshake:
         return GuestHandshake(self._secret, methods.info)
 
-    def _add_pipe(self, pipe: Pipe) -> None:
-        self._pipes[pipe.fd] = pipe
-        self._epoll.register(pipe.fd, _EDGE)
-
     def _accept(self, listener: socket.socket) -> None:
-        while (pipe := pipes.accept(listener, self._make_link)) is not None:
-            self._add_pipe(pipe)
+        while (pipe := pipes.accept(listener, self._epoll, self._make_link)) is not None:
+            self._pipes[pipe.fd] = pipe
             # Anybody on the host may connect and say nothing: the oldest of those makes room.
             silent = [other for other in self._pipes.values() if not other.lasting and other is not self._mux_pipe]
             if len(silent) > MAX_PIPES:
@@ -209,10 +205,8 @@ class Agent:
     def call_soon(self, task: Callable[[], None]) -> None:
         """Have the loop call something, from any thread."""
         self._tasks.put(task)
-        try:
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups
             os.write(self._wake_write, b".")
-        except BlockingIOError:
-            pass  # the pipe is full of wake-ups
 
     def _on_wake(self) -> None:
         try:

@@ -145,9 +145,7 @@ class PythonKernel:
             RpcError: it ended instead, or took too long.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._run is None or self._run.ready or self._run.ended, START_TIMEOUT_S
-            )
+            self._changed.wait_for(lambda: self._run is None or self._run.ready or self._run.ended, START_TIMEOUT_S)
             run = self._run
         if run is None:
             raise RpcError("the Python kernel was not started")
@@ -318,7 +316,9 @@ def _is_variable(item: tuple[str, Any]) -> bool:
 
 def _failed_preload(hello: dict[str, Any]) -> dict[str, str]:
     failed = hello["failed"]
-    return {str(name): str(text)[:1000] for name, text in list(failed.items())[:100]} if isinstance(failed, dict) else {}
+    return (
+        {str(name): str(text)[:1000] for name, text in list(failed.items())[:100]} if isinstance(failed, dict) else {}
+    )
 
 
 def session_members(session: int) -> list[int]:

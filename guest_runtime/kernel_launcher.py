@@ -82,7 +82,7 @@ def _make_output_wait(app: Any) -> None:
         self.__dict__["_agentvm_waiting"] = waiting
         return written
 
-    OutStream.write = write
+    OutStream.write = write  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 Every descriptor is non-blocking and watched edge-triggered: after an event it is read and written until it would block. That suits the
 virtio-serial port, which reports "hung up" for as long as no host is there and would make a level-triggered loop spin. No timers, so an
-idle machine costs nothing.
+idle machine costs nothing. Room to write is watched for only after a write that would have blocked; each message would wake us twice
+otherwise.
 """
 
 import contextlib
 import os
+import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,27 +22,40 @@ READ_SIZE = 256 * 1024
 WRITE_SIZE = MAX_PAYLOAD
 
 
+_QUIET = select.EPOLLIN | select.EPOLLHUP | select.EPOLLET
+_BLOCKED = _QUIET | select.EPOLLOUT
+
+
 class Pipe:
     """One byte pipe with its handshake.
 
     Args:
         fd: the descriptor; the pipe owns it.
+        epoll: tells of its events; see `on_event`.
         link: finds sessions in what comes.
         lasting: a virtio-serial port stays when its host goes; a connection ends.
     """
 
-    def __init__(self, fd: int, link: GuestHandshake, *, lasting: bool) -> None:
+    def __init__(self, fd: int, epoll: select.epoll, link: GuestHandshake, *, lasting: bool) -> None:
         self.fd = fd
+        self._epoll = epoll
         self.link = link
         self.lasting = lasting
         self.open = True
         self.readable = True
         self._writable = True
         self._unsent = memoryview(b"")
+        epoll.register(fd, _QUIET)
 
     def on_event(self) -> None:
         """Something happened at the descriptor: try both directions again."""
-        self.readable = self._writable = True
+        self.readable = True
+        self._set_writable(True)
+
+    def _set_writable(self, writable: bool) -> None:
+        if writable != self._writable:
+            self._writable = writable
+            self._epoll.modify(self.fd, _QUIET if writable else _BLOCKED)
 
     def read(self) -> list[Event]:
         """Read once and return what it brought."""
@@ -76,9 +91,10 @@ class Pipe:
         try:
             written = os.write(self.fd, self._unsent)
         except BlockingIOError:
-            self._writable = False
+            self._set_writable(False)
         except OSError:
-            self._writable = False
+            # A host that went away shows at the next read, too; a port without one takes nothing.
+            self._set_writable(False)
             self.open = self.lasting
         else:
             self._unsent = self._unsent[written:]
@@ -122,11 +138,11 @@ def listen_unix(path: Path) -> socket.socket:
     return listener
 
 
-def accept(listener: socket.socket, make_link: Callable[[], GuestHandshake]) -> Pipe | None:
+def accept(listener: socket.socket, epoll: select.epoll, make_link: Callable[[], GuestHandshake]) -> Pipe | None:
     """Accept one connection, or return None when there is none (any more)."""
     try:
         connection, _ = listener.accept()
     except OSError:
         return None
     connection.setblocking(False)
-    return Pipe(connection.detach(), make_link(), lasting=False)
+    return Pipe(connection.detach(), epoll, make_link(), lasting=False)

@@ -50,7 +50,7 @@ def test_a_notification_is_not_answered() -> None:
         ({"jsonrpc": "2.0", "method": "subtract", "id": [1]}, rpc.INVALID_REQUEST),
         ({"jsonrpc": "2.0", "method": "nothing", "id": 1}, rpc.METHOD_NOT_FOUND),
         ({"jsonrpc": "2.0", "method": "subtract", "params": {"minuend": 1}, "id": 1}, rpc.INVALID_PARAMS),
-        ({"jsonrpc": "2.0", "method": "subtract", "params": [1, 2], "id": 1}, rpc.INVALID_PARAMS),
+        ({"jsonrpc": "2.0", "method": "subtract", "params": [1, 2, 3], "id": 1}, rpc.INVALID_PARAMS),
         ({"jsonrpc": "2.0", "method": "crash", "id": 1}, rpc.INTERNAL_ERROR),
         ({"jsonrpc": "2.0", "method": "odd", "id": 1}, rpc.INTERNAL_ERROR),
     ],
