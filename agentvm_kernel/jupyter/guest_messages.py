@@ -9,6 +9,7 @@ content to publish. What a user may be shown is decided there too. Imports nothi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from agentvm_kernel.jupyter.wire import EMPTY, Buffer, WireError, parse_json
@@ -23,10 +24,15 @@ Check = Callable[[Content], Content]
 
 @dataclass(slots=True)
 class GuestMessage:
-    """A message from the guest whose form is right; its `parent_id` is only a claim until it is found in the table."""
+    """A message from the guest whose form is right.
+
+    `parent_id` is only a claim until it is found in the table. `date` is when the guest made the message, by its own
+    clock: frontends show how long a cell took. It is empty where the guest gave none that makes sense.
+    """
 
     msg_type: str
     parent_id: str
+    date: str
     metadata: Content
     content: Content
     buffers: list[Buffer]
@@ -49,7 +55,8 @@ def parse(parts: Sequence[Buffer], checks: dict[str, Check]) -> GuestMessage | N
     parent_id = parse_json(parts[1], max_bytes=MAX_HEADER_BYTES).get("msg_id")
     if parent_id is None:
         return None
-    msg_type = parse_json(parts[0], max_bytes=MAX_HEADER_BYTES).get("msg_type")
+    header = parse_json(parts[0], max_bytes=MAX_HEADER_BYTES)
+    msg_type = header.get("msg_type")
     check = checks.get(msg_type) if isinstance(msg_type, str) else None
     if check is None:
         raise WireError(f"A guest message of type {str(msg_type)[:50]!r}.")
@@ -58,10 +65,22 @@ def parse(parts: Sequence[Buffer], checks: dict[str, Check]) -> GuestMessage | N
     return GuestMessage(
         msg_type=str(msg_type),
         parent_id=str(parent_id),
+        date=_date(header.get("date")),
         metadata=metadata,
         content=content,
         buffers=list(parts[4:]),
     )
+
+
+def _date(value: Any) -> str:
+    """Rebuild a header's date; clients fail on what is not one, or cannot be converted between time zones."""
+    try:
+        date = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return ""
+    if date.tzinfo is None or not 2000 <= date.year < 2200:
+        return ""
+    return date.isoformat()
 
 
 def _require(condition: bool, what: str) -> None:

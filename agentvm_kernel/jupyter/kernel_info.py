@@ -9,6 +9,7 @@ from typing import Any
 from agentvm_kernel import __version__
 
 IPYKERNEL_PROTOCOL_VERSION = "5.3"
+OLDEST_IPYTHON_VERSION = "9.0"
 
 
 def kernel_info(python_version: str = "", ipython_version: str = "") -> dict[str, Any]:
@@ -16,14 +17,14 @@ def kernel_info(python_version: str = "", ipython_version: str = "") -> dict[str
 
     Args:
         python_version: of the guest; while that is not known, the host's.
-        ipython_version: of the guest; while that is not known, a version that is not one.
+        ipython_version: of the guest; while that is not known, the oldest one that guests have.
     """
     version = python_version or platform.python_version()
     return {
         "status": "ok",
         "protocol_version": IPYKERNEL_PROTOCOL_VERSION,
         "implementation": "ipython",
-        "implementation_version": ipython_version or "0.0",
+        "implementation_version": ipython_version or OLDEST_IPYTHON_VERSION,
         "language_info": {
             "name": "python",
             "version": version,

@@ -63,7 +63,7 @@ def install(
     from jupyter_client.kernelspec import KernelSpecManager
 
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / name
+        source = Path(temporary) / "kernel"  # the name may be anything until Jupyter has checked it
         write(source, display_name, env)
         target = KernelSpecManager().install_kernel_spec(
             str(source), kernel_name=name, user=user, prefix=sys.prefix if sys_prefix else prefix

@@ -72,8 +72,7 @@ class LocalBackend:
             start_new_session=True,
         )
         try:
-            address = UnixAddress(folder / "runtime.sock")
-            connection = await open_connection(address, secret, timeout_s=_START_TIMEOUT_S)
+            connection = await _connect(process, UnixAddress(folder / "runtime.sock"), secret)
             await connection.call("kernel.wait", timeout_s=_START_TIMEOUT_S)
             kernel_pid = int((await connection.call("kernel.status"))["pid"])
         except BaseException as error:
@@ -82,6 +81,19 @@ class LocalBackend:
                 raise BootError(f"The local runtime did not come up: {error.message}", hint=error.hint) from error
             raise
         return LocalLease(process, folder, connection, kernel_pid)
+
+
+async def _connect(process: asyncio.subprocess.Process, address: UnixAddress, secret: bytes) -> GuestConnection:
+    connecting = asyncio.ensure_future(open_connection(address, secret, timeout_s=_START_TIMEOUT_S))
+    ended = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.wait((connecting, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            raise BootError(f"It ended with exit code {process.returncode}.")
+        return connecting.result()
+    finally:
+        connecting.cancel()
+        ended.cancel()
 
 
 async def _end(process: asyncio.subprocess.Process, folder: Path) -> None:

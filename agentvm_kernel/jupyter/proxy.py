@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from agentvm_kernel.errors import AgentVMError, ConnectionClosed
 from agentvm_kernel.jupyter import guest_messages
 from agentvm_kernel.jupyter.connection_file import ConnectionInfo
+from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
 from agentvm_kernel.jupyter.requests import Progress, Request, RequestTable
 from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError
@@ -247,7 +248,7 @@ class Proxy:
 
     def _answer(self, request: Request, content: dict[str, Any]) -> None:
         if request.reply_type is not None:
-            self._reply(request, request.reply_type, {}, content)
+            self._reply(request, request.reply_type, content)
         self._set_status(request, Progress.IDLE)
 
     def _fail(self, request: Request, error: AgentVMError, *, ename: str = "") -> None:
@@ -283,7 +284,7 @@ class Proxy:
                 self._drop("guest iopub", "execute_input that is not due")
                 return
             message.content["code"], request.code = request.code, None
-        self._publish(message.msg_type, message.content, request, metadata=message.metadata, buffers=message.buffers)
+        self._publish(message.msg_type, message.content, request, guest_message=message)
 
     def _on_guest_reply(self, channel: str, parts: list[bytes]) -> None:
         try:
@@ -297,7 +298,7 @@ class Proxy:
         if request is None or request.channel != channel or request.reply_type != message.msg_type:
             self._drop(f"guest {channel}", f"{message.msg_type} that nobody waits for")
             return
-        self._reply(request, message.msg_type, message.metadata, message.content, message.buffers)
+        self._reply(request, message.msg_type, message.content, guest_message=message)
 
     def _on_guest_stdin(self, parts: list[bytes]) -> None:
         try:
@@ -312,7 +313,7 @@ class Proxy:
             self._drop("guest stdin", "input_request that no running cell may make")
             return
         self._asking.append(request)
-        self._send("stdin", request, "input_request", message.metadata, message.content)
+        self._send("stdin", request, "input_request", message.content, guest_message=message)
 
     # ---- to clients
 
@@ -324,33 +325,22 @@ class Proxy:
         self._publish("status", {"execution_state": "busy" if progress is Progress.BUSY else "idle"}, request)
 
     def _reply(
-        self,
-        request: Request,
-        msg_type: str,
-        metadata: dict[str, Any],
-        content: dict[str, Any],
-        buffers: Sequence[Buffer] = (),
+        self, request: Request, msg_type: str, content: dict[str, Any], *, guest_message: GuestMessage | None = None
     ) -> None:
         self._requests.answered(request)
         self._asking = [asking for asking in self._asking if asking is not request]
-        self._send(request.channel, request, msg_type, metadata, content, buffers)
+        self._send(request.channel, request, msg_type, content, guest_message=guest_message)
 
     def _send(
         self,
         channel: str,
         request: Request,
         msg_type: str,
-        metadata: dict[str, Any],
         content: dict[str, Any],
-        buffers: Sequence[Buffer] = (),
+        *,
+        guest_message: GuestMessage | None = None,
     ) -> None:
-        header = self._session.header(msg_type)
-        self._outlet.send(
-            channel,
-            self._session.serialize(
-                header, request.header, metadata, content, identities=request.identities, buffers=buffers
-            ),
-        )
+        self._outlet.send(channel, self._frames(msg_type, content, request, request.identities, guest_message))
 
     def _publish(
         self,
@@ -358,19 +348,30 @@ class Proxy:
         content: dict[str, Any],
         request: Request | None,
         *,
-        metadata: dict[str, Any] | None = None,
-        buffers: Sequence[Buffer] = (),
+        guest_message: GuestMessage | None = None,
     ) -> None:
         topic = f"stream.{content['name']}" if msg_type == "stream" else f"kernel.{self._session.id}.{msg_type}"
-        self._outlet.publish(
-            self._session.serialize(
-                self._session.header(msg_type),
-                EMPTY if request is None else request.header,
-                metadata or {},
-                content,
-                identities=(topic.encode(),),
-                buffers=buffers,
-            )
+        self._outlet.publish(self._frames(msg_type, content, request, (topic.encode(),), guest_message))
+
+    def _frames(
+        self,
+        msg_type: str,
+        content: dict[str, Any],
+        request: Request | None,
+        identities: Sequence[bytes],
+        guest_message: GuestMessage | None,
+    ) -> list[Buffer]:
+        """Build a message; of the guest's own it takes metadata, date and buffers."""
+        parent = EMPTY if request is None else request.header
+        if guest_message is None:
+            return self._session.serialize(self._session.header(msg_type), parent, {}, content, identities=identities)
+        return self._session.serialize(
+            self._session.header(msg_type, guest_message.date),
+            parent,
+            guest_message.metadata,
+            content,
+            identities=identities,
+            buffers=guest_message.buffers,
         )
 
     def _drop(self, where: str, why: str) -> None:

@@ -145,15 +145,15 @@ class Session:
             except ValueError as error:
                 raise WireError(f"Unknown signature scheme {signature_scheme!r}.") from error
 
-    def header(self, msg_type: str) -> dict[str, Any]:
-        """Return a header for a new message of ours."""
+    def header(self, msg_type: str, date: str = "") -> dict[str, Any]:
+        """Return a header for a new message of ours, made at `date`; now, if that is empty."""
         self._count += 1
         return {
             "msg_id": f"{self.id}_{self._count}",
             "msg_type": msg_type,
             "username": self.username,
             "session": self.id,
-            "date": timestamp(),
+            "date": date or timestamp(),
             "version": PROTOCOL_VERSION,
         }
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import namedtuple
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from jupyter_client.session import Session as ReferenceSession
@@ -34,6 +35,7 @@ class Outlet:
     def _record(self, channel, frames):
         identities, rest = self._reader.feed_identities([bytes(frame) for frame in frames])
         message = self._reader.deserialize(rest)
+        self.last_header = message["header"]
         self.messages.append(
             Received(
                 channel,
@@ -199,6 +201,28 @@ def test_messages_without_a_parent_are_not_for_anybody(world):
     world.guest.say(Channel.IOPUB, "iopub_welcome", {}, {"subscription": ""})
     assert world.take() == []
     assert not world.proxy.dropped
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("2026-11-21T08:44:34.535899Z", "2026-11-21T08:44:34.535899+00:00"),
+        ("2026-11-21T08:44:34+02:00", "2026-11-21T08:44:34+02:00"),
+        ("2026-11-21T08:44:34", None),
+        ("0001-01-01T00:00:00+14:00", None),
+        ("9999-99-99T00:00:00Z", None),
+        ("<script>", None),
+        (17, None),
+        (None, None),
+    ],
+)
+def test_only_sensible_dates_of_the_guest_are_passed_on(world, given, shown):
+    asked = world.execute()
+    header = {"msg_type": "stream", "date": given}
+    world.guest.say(Channel.IOPUB, "stream", asked, {"name": "stdout", "text": ""}, header=header)
+    date = world.outlet.last_header["date"]
+    now = datetime.now(UTC)
+    assert date == datetime.fromisoformat(shown) if shown else abs(now - date) < timedelta(minutes=1)
 
 
 def test_threads_of_a_finished_cell_may_still_print(world):
