@@ -73,8 +73,7 @@ def inject_parameters(notebook: NotebookNode, values: Mapping[str, Any]) -> None
     if not values:
         return
     source = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    metadata = NotebookNode(tags=[INJECTED_TAG])
-    cell = NotebookNode(cell_type="code", metadata=metadata, source=source, outputs=[], execution_count=None)
+    cell = node(cell_type="code", metadata=node(tags=[INJECTED_TAG]), source=source, outputs=[], execution_count=None)
     if notebook.nbformat_minor >= 5:
         cell["id"] = uuid.uuid4().hex[:8]
     for number, old in enumerate(notebook.cells):
@@ -132,6 +131,11 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
                 raise
     except OSError as error:
         raise NotebookError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def node(**fields: Any) -> NotebookNode:
+    """Return a part of a notebook, such as a cell or an output."""
+    return NotebookNode(fields)  # type: ignore[no-untyped-call]
 
 
 def _not_a_notebook(path: Path, why: str) -> NotebookError:

@@ -26,13 +26,23 @@ from rich.console import Console
 
 from agentvm_kernel.errors import AgentVMError, ConfigError, NotebookError
 from agentvm_kernel.jupyter.kernelspec import kernel_dict
-from agentvm_kernel.notebook import check_writable, inject_parameters, parse_parameters, read_notebook, write_notebook
+from agentvm_kernel.notebook import (
+    check_writable,
+    inject_parameters,
+    node,
+    parse_parameters,
+    read_notebook,
+    write_notebook,
+)
 from agentvm_kernel.run_report import Report, printable
 
 READY_TIMEOUT_S = 60
 """Seconds within which the kernel process on the host must answer; the machine behind it may take longer."""
 END_OF_INPUT = "\x04"
 """The answer that makes ipykernel raise EOFError, as input() does at the end of a file."""
+
+SAID = "agentvm: "
+"""How lines of our own kernel begin that tell a cell about its machine."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class _Run:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     work.cancel()
-                    await asyncio.wait({work})
+                    await asyncio.gather(work, return_exceptions=True)
                     failure = _Stopped(stop.result())
                 else:
                     error = work.exception()
@@ -202,7 +212,9 @@ class _Run:
         client.reset_execution_trackers()
         self._report.starting("kernel" if self._options.kernel else "machine")
         began = time.monotonic()
-        await self._manager.start_kernel(env=environment, cwd=str(folder), stderr=self._kernel_log)
+        await self._manager.start_kernel(
+            env=environment, cwd=str(folder), stdout=self._kernel_log, stderr=self._kernel_log
+        )
         channels = self._manager.client()
         client.kc = channels
         channels.start_channels()
@@ -264,7 +276,7 @@ class _Run:
             answer = self._answers.popleft()
             shown = "········" if message["content"].get("password") else answer
             outputs = self._notebook.cells[self._current].outputs
-            outputs.append(NotebookNode(output_type="stream", name="stdout", text=f"{prompt}{shown}\n"))
+            outputs.append(node(output_type="stream", name="stdout", text=f"{prompt}{shown}\n"))
             channels.input(answer)
 
     async def _take_language(self, client: NotebookClient) -> None:
@@ -278,7 +290,7 @@ class _Run:
         cell = None if self._current is None else self._notebook.cells[self._current]
         if ename and cell is not None:
             cell.outputs.append(
-                NotebookNode(output_type="error", ename=ename, evalue=message, traceback=[f"{ename}: {message}"])
+                node(output_type="error", ename=ename, evalue=message, traceback=[f"{ename}: {message}"])
             )
         write_notebook(self._notebook, self._output)
         if isinstance(failure, CellExecutionError) and cell is not None:
@@ -311,7 +323,7 @@ class _Run:
                 limit = f"{self._options.timeout_s:g} s"
                 return 1, "TimeoutError", f"{where} ran longer than {limit}.", "--timeout sets the limit."
             case DeadKernelError():
-                return 1, "DeadKernelError", f"The kernel died in {where}.", self._kernel_words()
+                return 1, "DeadKernelError", f"The kernel died in {where}.", self._last_words() or self._kernel_words()
             case NotebookError():
                 return (
                     1,
@@ -332,6 +344,12 @@ class _Run:
         if self._unanswered and failure.ename == "EOFError":
             return f"It asks for more input ({printable(self._unanswered).strip()}): give one --input TEXT for each question."
         return ""
+
+    def _last_words(self) -> str:
+        """Return what our kernel told the running cell about the guest's end, for a hint."""
+        outputs = [] if self._current is None else self._notebook.cells[self._current].outputs
+        lines = "".join(output.text for output in outputs if output.get("name") == "stderr").splitlines()
+        return "\n".join(printable(line.removeprefix(SAID)) for line in lines if line.startswith(SAID))
 
     def _kernel_words(self) -> str:
         """Return the last lines that the kernel process wrote, for a hint."""

@@ -111,7 +111,7 @@ make_venv() {
   [ "$(cat .venv/.setup-stamp 2>/dev/null)" = "$stamp" ] && [ -x .venv/bin/agentvm ] && return 0
   say "making .venv with $("$python" --version) (a few minutes the first time)"
   "$python" -m venv .venv
-  .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[test]' 2>&1 | tee "$log" ||
+  .venv/bin/python -m pip install --disable-pip-version-check -qq --editable '.[test]' 2>&1 | tee "$log" ||
     die "pip could not install agentvm; what it said is above."
   printf '%s\n' "$stamp" >.venv/.setup-stamp
 }
