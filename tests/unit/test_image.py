@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentvm_kernel.errors import ImageError
@@ -64,6 +64,7 @@ def test_a_spec_that_is_not_there_names_the_shipped_ones() -> None:
         load_spec("no-such-spec")
 
 
+@settings(deadline=None)  # every example starts a process
 @given(
     st.lists(
         st.tuples(st.from_regex(r"[a-z]{1,20}", fullmatch=True), st.binary(max_size=300)),
