@@ -7,7 +7,6 @@ Root with the system libvirt uses the system's folders, everybody else the XDG b
 import os
 from pathlib import Path
 
-
 OWNER_CONFIG = Path("/etc/agentvm/config.toml")
 """Settings and limits of the host's owner."""
 

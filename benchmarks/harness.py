@@ -95,7 +95,11 @@ def single(measure: Callable[[], float], unit: str, *, runs: int, warm_up: int =
 def machine() -> dict[str, Any]:
     """Name the hardware and software that figures were taken on."""
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
     qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=False).stdout
@@ -115,7 +119,10 @@ def machine() -> dict[str, Any]:
 
 def save(figures: Mapping[str, Figure], path: Path = LATEST) -> None:
     """Write figures as JSON."""
-    data = {"figures": {key: {**asdict(figure), "spread": figure.spread} for key, figure in figures.items()}, "machine": machine()}
+    data = {
+        "figures": {key: {**asdict(figure), "spread": figure.spread} for key, figure in figures.items()},
+        "machine": machine(),
+    }
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -153,11 +160,15 @@ def print_table(figures: Mapping[str, Figure], goals: Mapping[str, Goal]) -> Non
     for key, figure in figures.items():
         goal = goals.get(key)
         verdict = "" if goal is None else "reached" if goal.reached(figure.value) else "[bold red]falls short[/]"
-        table.add_row(key, f"{figure.value:.3g}", figure.unit, f"±{figure.spread:.0%}", str(goal or ""), verdict, figure.detail)
+        table.add_row(
+            key, f"{figure.value:.3g}", figure.unit, f"±{figure.spread:.0%}", str(goal or ""), verdict, figure.detail
+        )
     Console(width=150).print(table)
 
 
-def write_report(figures: Mapping[str, Figure], goals: Mapping[str, Goal], before: Mapping[str, Figure], path: Path = REPORT) -> None:
+def write_report(
+    figures: Mapping[str, Figure], goals: Mapping[str, Goal], before: Mapping[str, Figure], path: Path = REPORT
+) -> None:
     """Write a page with a chart for every figure: each run a dot, the median, the goal and the baseline as lines."""
     rows = [_chart(key, figure, goals.get(key), before.get(key)) for key, figure in figures.items()]
     facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in machine().items())
@@ -170,7 +181,12 @@ def write_report(figures: Mapping[str, Figure], goals: Mapping[str, Goal], befor
 
 
 def _chart(key: str, figure: Figure, goal: Goal | None, before: Figure | None) -> str:
-    marks: Sequence[float] = [*figure.runs, figure.value, *([goal.limit] if goal else []), *([before.value] if before else [])]
+    marks: Sequence[float] = [
+        *figure.runs,
+        figure.value,
+        *([goal.limit] if goal else []),
+        *([before.value] if before else []),
+    ]
     top = max([*marks, 1e-9]) * 1.1
 
     def x(value: float) -> str:
@@ -178,14 +194,23 @@ def _chart(key: str, figure: Figure, goal: Goal | None, before: Figure | None) -
 
     lines = [f"<line x1='{x(figure.value)}' x2='{x(figure.value)}' y1='5' y2='45' stroke='black' stroke-width='3'/>"]
     if goal:
-        lines.append(f"<line x1='{x(goal.limit)}' x2='{x(goal.limit)}' y1='5' y2='45' stroke='#1b7f3b' stroke-dasharray='4'/>")
+        lines.append(
+            f"<line x1='{x(goal.limit)}' x2='{x(goal.limit)}' y1='5' y2='45' stroke='#1b7f3b' stroke-dasharray='4'/>"
+        )
     if before:
         lines.append(f"<line x1='{x(before.value)}' x2='{x(before.value)}' y1='5' y2='45' stroke='#999'/>")
     dots = "".join(f"<circle cx='{x(run)}' cy='25' r='4' fill='#3366cc' fill-opacity='.5'/>" for run in figure.runs)
-    verdict = "" if goal is None else "<b class='ok'>reached</b>" if goal.reached(figure.value) else "<b class='short'>falls short</b>"
+    verdict = (
+        ""
+        if goal is None
+        else "<b class='ok'>reached</b>"
+        if goal.reached(figure.value)
+        else "<b class='short'>falls short</b>"
+    )
+    title = f"{html.escape(key)}: {figure.value:.3g} {html.escape(figure.unit)}"
     return (
-        f"<h3>{html.escape(key)}: {figure.value:.3g} {html.escape(figure.unit)} <small>±{figure.spread:.0%}, goal {goal or 'none'}</small> {verdict}</h3>"
-        f"<svg viewBox='0 0 800 60'><line x1='10' x2='790' y1='45' y2='45' stroke='#ccc'/>{dots}{''.join(lines)}"
-        f"<text x='790' y='58' text-anchor='end' font-size='11'>{top:.3g}</text><text x='10' y='58' font-size='11'>0</text></svg>"
-        f"<small>{html.escape(figure.detail)}</small>"
+        f"<h3>{title} <small>±{figure.spread:.0%}, goal {goal or 'none'}</small> {verdict}</h3>"
+        "<svg viewBox='0 0 800 60'><line x1='10' x2='790' y1='45' y2='45' stroke='#ccc'/>"
+        f"{dots}{''.join(lines)}<text x='790' y='58' text-anchor='end' font-size='11'>{top:.3g}</text>"
+        f"<text x='10' y='58' font-size='11'>0</text></svg><small>{html.escape(figure.detail)}</small>"
     )

@@ -15,12 +15,23 @@ OUT = ROOT / "out" / "quickstart.ipynb"
 def main() -> int:
     """Run it, then read the proof out of the executed notebook."""
     OUT.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "agentvm_kernel.cli", "run", str(ROOT / "notebooks" / "quickstart.ipynb"), "-o", str(OUT)]
+    command = [
+        sys.executable,
+        "-m",
+        "agentvm_kernel.cli",
+        "run",
+        str(ROOT / "notebooks" / "quickstart.ipynb"),
+        "-o",
+        str(OUT),
+    ]
     done = subprocess.run([*command, "-p", "who=the reader", "--input", "Ada"], check=False)
     if done.returncode != 0:
         return done.returncode
     cells = {cell.id: cell for cell in nbformat.read(OUT, as_version=4).cells}
-    guest = dict(line.split(None, 2)[1:] if line.startswith("host") else line.split(None, 1) for line in text(cells["where"]).splitlines())
+    guest = dict(
+        line.split(None, 2)[1:] if line.startswith("host") else line.split(None, 1)
+        for line in text(cells["where"]).splitlines()
+    )
     print()
     print(f"               {'in the notebook':28} on this computer")
     print(f"  host name    {guest['name']:28} {platform.node()}")

@@ -30,7 +30,9 @@ class ImageSpec(BaseModel):
     suite: Name = Field(default="bookworm", description="Debian release.")
     kernel: Package = Field(default="linux-image-cloud-amd64", description="Debian package of the Linux kernel.")
     packages: tuple[Package, ...] = Field(default=(), description="Debian packages; python3 is always there.")
-    requirements: tuple[Requirement, ...] = Field(default=("ipykernel>=7", "pip"), description="Python packages, wheels only.")
+    requirements: tuple[Requirement, ...] = Field(
+        default=("ipykernel>=7", "pip"), description="Python packages, wheels only."
+    )
     preload: tuple[Module, ...] = Field(default=(), description="Modules imported before the Python kernel is ready.")
     disk_gib: int = Field(default=8, ge=1, le=256, description="Size of the root file system, in GiB.")
 

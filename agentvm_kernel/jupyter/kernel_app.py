@@ -170,14 +170,27 @@ class KernelApp:
             notice=f"agentvm: {reason}. This cell runs in a fresh machine, the variables of the lost one are gone.",
         )
 
-    def _on_notification(self, method: str, params: dict[str, Any]) -> None:
-        if method == "kernel.died" and not params.get("restarting"):
-            self._loop.call_later(LAST_OUTPUT_S, self._on_guest_ended, params)
+    def _on_notification(self, method: str, params: Any) -> None:
+        if method == "kernel.died" and isinstance(params, dict):
+            self._loop.call_later(LAST_OUTPUT_S, self._on_kernel_died, params)
 
-    def _on_guest_ended(self, params: dict[str, Any]) -> None:
+    def _on_kernel_died(self, params: dict[str, Any]) -> None:
         """The user's code ended the Python process: so does this one, which is how clients learn that a kernel died."""
-        if not self._exit.done():
-            self._proxy.tell_running(f"agentvm: the Python process in the machine {_ending(params)}.")
+        if self._exit.done() or self._lease is None:
+            return
+        story = f"the Python process in the machine {_ending(params)}"
+        if params.get("restarting") is True:
+            connection = self._lease.connection
+            self._proxy.detach(
+                MachineError(f"Its variables are gone: {story} and was started again."),
+                notice=f"agentvm: {story} and was started again without its variables.",
+            )
+            self._proxy.attach(connection)
+        elif params.get("exit_code") == 0:
+            # exit() and quit() do this.
+            self._end(0)
+        else:
+            self._proxy.tell_running(f"agentvm: {story}.")
             self._end(EXIT_GUEST_ENDED)
 
     async def _interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:

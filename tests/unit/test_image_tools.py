@@ -36,7 +36,9 @@ def test_a_full_disk_is_recognised_even_when_the_tool_says_it_early_or_ends_well
 @needs_root
 def test_lines_are_followed_and_the_end_of_the_output_comes_back(tmp_path: Path) -> None:
     seen: list[str] = []
-    assert run(["sh", "-c", "echo a; echo; echo b >&2; exit 1"], cwd=tmp_path, hint="", on_line=seen.append, accept=(1,))
+    assert run(
+        ["sh", "-c", "echo a; echo; echo b >&2; exit 1"], cwd=tmp_path, hint="", on_line=seen.append, accept=(1,)
+    )
     assert seen == ["a", "b"]
 
 

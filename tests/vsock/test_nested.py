@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[2]
 def outer() -> Iterator[BlockingKernelClient]:
     image = build_image(load_spec(Path(__file__).with_name("vsock-host.toml")))
     manager = KernelManager()
-    manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "agentvm_kernel", "-f", "{connection_file}"], language="python")
+    manager._kernel_spec = KernelSpec(
+        argv=[sys.executable, "-m", "agentvm_kernel", "-f", "{connection_file}"], language="python"
+    )
     manager.start_kernel(env={**os.environ, "AGENTVM_IMAGE": image.digest})
     client = manager.blocking_client()
     client.start_channels()
@@ -62,9 +64,16 @@ def archive() -> str:
     """What the inner machine and its host need, as a tar in base64."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name in ("agentvm_kernel/__init__.py", "agentvm_kernel/errors.py", "agentvm_kernel/log.py", "agentvm_kernel/transport"):
+        for name in (
+            "agentvm_kernel/__init__.py",
+            "agentvm_kernel/errors.py",
+            "agentvm_kernel/log.py",
+            "agentvm_kernel/transport",
+        ):
             tar.add(ROOT / name, name, filter=lambda entry: None if "__pycache__" in entry.name else entry)
-        tar.add(ROOT / "guest_runtime", "guest_runtime", filter=lambda entry: None if "__pycache__" in entry.name else entry)
+        tar.add(
+            ROOT / "guest_runtime", "guest_runtime", filter=lambda entry: None if "__pycache__" in entry.name else entry
+        )
         tar.add(Path(__file__).with_name("inside.py"), "inside.py")
         image = build_image(load_spec(Path(__file__).with_name("vsock-host.toml")))
         initrd = initramfs.machine_initrd(image, {"kernel": False}, b"s" * 32)

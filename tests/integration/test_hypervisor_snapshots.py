@@ -1,0 +1,314 @@
+"""Freezing and thawing on a real libvirt, with the toy guest: its counter shows to the instruction where it stood."""
+
+import contextlib
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from toy_guest import COUNTER, MIRROR, counter, wait_until_counting
+
+from agentvm_kernel.errors import HostError, SnapshotError, SnapshotMismatchError
+from agentvm_kernel.hypervisor import snapshot as store
+from agentvm_kernel.hypervisor.files import machines_dir, read_untrusted
+from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
+from agentvm_kernel.hypervisor.machine import Machine, MachineState, boot_machine
+from agentvm_kernel.hypervisor.pages import find_mappings
+from agentvm_kernel.hypervisor.qcow2 import backing_file
+from agentvm_kernel.hypervisor.snapshot import Snapshot, collect_garbage, delete, ensure_memory, list_all, load
+from agentvm_kernel.hypervisor.thaw import thaw
+
+pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
+
+
+@pytest.fixture
+def template(hypervisor, toy):
+    """A template of a counting toy guest."""
+    machine = boot_machine(hypervisor, toy(), "light", template=True)
+    try:
+        wait_until_counting(machine)
+        made = freeze_template(machine)
+    finally:
+        machine.destroy()
+    yield made
+    shutil.rmtree(store.snapshots_dir())
+    shutil.rmtree(store.layers_dir())
+
+
+@pytest.fixture
+def thawed(hypervisor):
+    """`thawed(snapshot)` gives a machine that is destroyed when the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def make(snapshot: Snapshot, **options) -> Machine:
+            machine = thaw(hypervisor, snapshot, **options)
+            stack.callback(machine.destroy)
+            return machine
+
+        yield make
+
+
+def test_a_template_can_be_thawed_many_times_and_each_goes_its_own_way(template, thawed):
+    first, second = thawed(template), thawed(template)
+    frozen = counter(first)
+    assert first.state is MachineState.PAUSED
+    assert counter(second) == frozen > 0
+    first.resume()
+    assert _counts_on(first, frozen)
+    assert counter(second) == frozen
+    assert len({first.name, second.name}) == len({first.uuid, second.uuid}) == 2
+    assert _genid(first) != _genid(second)
+    assert first.address != second.address
+
+
+def test_what_freezing_a_template_leaves(template, hypervisor):
+    assert template.is_template
+    assert list_all() == [template] == [load(template.id)]
+    assert list(machines_dir().iterdir()) == []
+    hardware = template.hardware
+    wanted = {
+        "profile": "light",
+        "accelerator": hardware.accelerator,
+        "image": hardware.image,
+        "runtime": hardware.runtime,
+        "vsock": False,
+    }
+    assert store.find_template(hypervisor, **wanted) == template
+    assert store.find_template(hypervisor, **(wanted | {"profile": "standard"})) is None
+    assert store.find_template(hypervisor, **(wanted | {"runtime": "another"})) is None
+
+
+def test_hazard_8_nobody_in_qemu_can_change_what_others_are_thawed_from(template, hypervisor):
+    for path in (template.memory, template.state, template.disk, template.secret, template.domain_xml):
+        assert path.stat().st_uid == os.geteuid()
+    assert template.disk.stat().st_mode & 0o777 == 0o444
+    assert template.secret.stat().st_mode & 0o777 == 0o400
+    assert template.memory.stat().st_mode & 0o007 == 0
+
+
+@pytest.mark.parametrize("name", ["memory", "state"])
+def test_hazard_8_a_changed_file_is_noticed_and_refused(template, thawed, name):
+    path = template.folder / name
+    path.chmod(0o600)
+    with open(path, "r+b") as file:
+        file.seek(100)
+        file.write(b"tampered")
+    with pytest.raises(SnapshotMismatchError, match="is not the one that was frozen"):
+        thawed(template)
+
+
+def test_files_that_were_only_copied_are_checked_and_taken(template, thawed):
+    copy = template.memory.with_name("copy")
+    shutil.copy(template.memory, copy)
+    copy.replace(template.memory)
+    assert counter(thawed(template)) > 0
+
+
+def test_a_running_machine_is_frozen_and_runs_on(template, thawed):
+    machine = thawed(template)
+    machine.resume()
+    assert _counts_on(machine, 0)
+    frozen = freeze_live(machine, name="before", description="all is well")
+    assert machine.state is MachineState.RUNNING
+    assert (frozen.parent, frozen.name, frozen.description) == (template.id, "before", "all is well")
+    assert 0 < frozen.pages < 1000
+    assert not frozen.memory.exists()
+    again = thawed(frozen)
+    at_freeze = counter(again)
+    assert counter(again, MIRROR) in (at_freeze, at_freeze - 1)
+    assert _counts_on(machine, at_freeze)
+    again.resume()
+    assert _counts_on(again, at_freeze)
+
+
+def test_a_paused_machine_stays_paused_when_it_is_frozen(template, thawed):
+    machine = thawed(template)
+    before = counter(machine)
+    frozen = freeze_live(machine)
+    assert machine.state is MachineState.PAUSED
+    assert counter(thawed(frozen)) == before
+
+
+def test_parent_and_delta_are_the_whole_memory_to_the_byte(template, thawed, hypervisor):
+    machine = thawed(template)
+    machine.resume()
+    assert _counts_on(machine, 0)
+    machine.pause()
+    frozen = freeze_live(machine)
+    # What QEMU itself says about the memory below the video memory and above the firmware.
+    dump = machine.files.sockets / "dump"
+    for start, size in ((0, 0xA0000), (0x100000, 64 << 20)):
+        machine.qmp("pmemsave", val=start, size=size, filename=str(dump))
+        with open(ensure_memory(hypervisor, frozen), "rb") as memory:
+            memory.seek(start)
+            assert memory.read(size) == dump.read_bytes()
+        dump.unlink()
+
+
+def test_snapshots_of_snapshots_form_a_tree(template, thawed):
+    first = freeze_live(thawed(template), name="first")
+    machine = thawed(first)
+    machine.resume()
+    second, third = freeze_live(machine, name="second"), freeze_live(machine, name="third")
+    assert [second.parent, third.parent] == [first.id, first.id]
+    assert {child.id for child in store.children(first.id)} == {second.id, third.id}
+    deepest = thawed(third)
+    deepest.resume()
+    assert _counts_on(deepest, counter(thawed(second)))
+    layers, layer = [], deepest.overlay
+    while (below := backing_file(layer)) is not None:
+        layers.append(below)
+        layer = below
+    assert layers[:4] == [third.disk, second.disk, first.disk, template.disk]
+
+
+def test_deleting_a_snapshot_keeps_what_its_children_need(template, thawed, hypervisor):
+    machine = thawed(template)
+    middle = freeze_live(machine, name="middle")
+    with pytest.raises(SnapshotError, match=rf"in use by {machine.name}"):
+        delete(hypervisor, template)
+    leaf_maker = thawed(middle)
+    leaf = freeze_live(leaf_maker, name="leaf")
+    value = counter(leaf_maker)
+    for each in (machine, leaf_maker):
+        each.destroy()
+    delete(hypervisor, middle)
+    delete(hypervisor, template)
+    left = load(leaf.id)
+    assert list_all() == [left]
+    assert left.is_template
+    assert counter(thawed(left)) == value
+    with pytest.raises(SnapshotError, match="There is no snapshot"):
+        load(middle.id)
+
+
+def test_layers_that_nobody_needs_are_removed_but_not_those_just_made(template, hypervisor, monkeypatch):
+    lonely, partial = store.layer_path("0" * 16), store.snapshots_dir() / ".partial-x"
+    shutil.copy(template.disk, lonely)
+    partial.mkdir()
+    assert collect_garbage() == []
+    monkeypatch.setattr(store, "UNFINISHED_S", -1)
+    assert set(collect_garbage()) == {lonely.name, partial.name}
+    assert template.disk.exists()
+
+
+def test_a_freeze_that_fails_leaves_no_snapshot_and_a_machine_that_runs(template, thawed, monkeypatch):
+    machine = thawed(template)
+    machine.resume()
+
+    def fail(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agentvm_kernel.hypervisor.freeze.write_delta", fail)
+    with pytest.raises(OSError, match="No space"):
+        freeze_live(machine)
+    monkeypatch.undo()
+    assert machine.state is MachineState.RUNNING
+    assert list_all() == [template]
+
+
+def test_a_freeze_that_fails_after_the_disk_moved_on_does_not_spoil_later_ones(template, thawed, monkeypatch):
+    machine = thawed(template)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "agentvm_kernel.hypervisor.freeze._finish", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error"))
+        )
+        with pytest.raises(OSError, match="I/O error"):
+            freeze_live(machine)
+    frozen = freeze_live(machine)
+    assert counter(thawed(frozen)) == counter(machine)
+
+
+def test_only_thawed_machines_can_be_frozen_and_only_prepared_ones_become_templates(machine):
+    with pytest.raises(SnapshotError, match="was booted and not thawed"):
+        freeze_live(machine)
+    with pytest.raises(SnapshotError, match="template=True"):
+        freeze_template(machine)
+    assert machine.state is MachineState.RUNNING
+
+
+def test_hazard_19_a_snapshot_of_another_qemu_or_cpu_is_refused_with_what_differs(
+    template, thawed, hypervisor, monkeypatch
+):
+    monkeypatch.setattr(type(hypervisor), "qemu_version", (99, 1, 2))
+    monkeypatch.setattr(type(hypervisor), "cpu_model", lambda self, kind: "Z80")
+    with pytest.raises(
+        SnapshotMismatchError, match=r"made by QEMU [\d.]+, here is 99.1.2; its CPU was \w+, here it is Z80"
+    ):
+        thawed(template)
+    assert load(template.id) == template
+
+
+@pytest.mark.parametrize("bad", ["../../etc/passwd", "", "x" * 16, "ABCDEF0123456789", "0" * 15])
+def test_hazard_12_an_id_is_never_a_path(own_folders, bad):
+    with pytest.raises(SnapshotError, match="no id of a snapshot"):
+        load(bad)
+
+
+def test_damaged_metadata_do_not_hide_the_other_snapshots(template):
+    broken = store.snapshots_dir() / ("a" * 16)
+    broken.mkdir()
+    (broken / "snapshot.json").write_text('{"id": "../x"}')
+    assert list_all() == [template]
+    with pytest.raises(SnapshotError, match="damaged"):
+        load("a" * 16)
+
+
+def test_a_state_that_qemu_cannot_load_is_an_error_and_leaves_no_machine(template, thawed):
+    path = template.state
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:2000])
+    changed = template.digests | {"state": store.content_digest(path)}
+    (template.folder / "snapshot.json").write_bytes(store.replace(template, digests=changed).to_json())
+    with pytest.raises(Exception, match=r"could not load|ended|QEMU"):
+        thawed(load(template.id))
+    assert list(machines_dir().iterdir()) == []
+
+
+def test_several_machines_can_be_thawed_at_once(template, hypervisor):
+    machines: list[Machine] = []
+    threads = [threading.Thread(target=lambda: machines.append(thaw(hypervisor, template))) for _ in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len({counter(machine, COUNTER) for machine in machines}) == 1
+        assert len(machines) == 4
+    finally:
+        for machine in machines:
+            machine.destroy()
+
+
+def test_a_process_that_maps_nothing_of_the_snapshot_is_not_read(template):
+    with pytest.raises(SnapshotError, match="does not map"):
+        find_mappings(os.getpid(), template.memory)
+
+
+def test_hazard_13_what_qemu_writes_is_no_way_to_other_files(tmp_path):
+    (tmp_path / "ours").write_text("secret")
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    with pytest.raises(OSError, match="symbolic links"):
+        read_untrusted(tmp_path / "link", 100)
+    os.link(tmp_path / "ours", tmp_path / "hard")
+    for path, limit in ((tmp_path / "hard", 100), (tmp_path, 100)):
+        with pytest.raises(HostError, match="not what QEMU should have written"):
+            read_untrusted(path, limit)
+    (tmp_path / "hard").unlink()
+    with pytest.raises(HostError):
+        read_untrusted(tmp_path / "ours", 3)
+    assert read_untrusted(tmp_path / "ours", 6) == b"secret"
+
+
+def _counts_on(machine: Machine, value: int) -> bool:
+    """Whether the guest's counter goes beyond `value`; it does so millions of times a second."""
+    return any(counter(machine) > value for _ in range(2000))
+
+
+def _genid(machine: Machine) -> str:
+    return machine.domain.XMLDesc().split("<genid>")[1].split("</genid>")[0]
+
+
+def test_the_folders_of_snapshots_are_below_the_state_directory(own_folders):
+    assert store.snapshots_dir() == Path(os.environ["AGENTVM_STATE_DIR"]) / "snapshots"
