@@ -1,7 +1,6 @@
 """The kernel process between a real client and a real ipykernel, with the runtime as a local process instead of a machine."""
 
 import asyncio
-import os
 import signal
 import time
 from contextlib import asynccontextmanager
@@ -137,8 +136,7 @@ async def test_the_kernel_answers_before_its_machine_is_there():
         reply = await client.get_shell_msg(timeout=TIMEOUT_S)
         assert reply["parent_header"]["msg_id"] == asked
         kernel = Kernel(manager, client)
-        # ipykernel is still importing: nothing of a machine answers yet.
-        assert not [child for child in kernel.process.children() if child.children()] or True
+        # What is asked before there is a machine is held, and runs in it.
         _, outputs = await kernel.run("print('and runs')")
         assert text(outputs) == "and runs\n"
     finally:
@@ -265,7 +263,7 @@ async def test_a_flood_of_output_does_not_delay_an_interrupt(kernel):
 
 
 async def test_a_kernel_that_kills_itself_is_a_dead_kernel(kernel):
-    asked = kernel.client.execute("import os; print('last words', flush=True); os._exit(3)")
+    asked = kernel.client.execute("import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)")
     async with asyncio.timeout(10):
         while await kernel.manager.is_alive():
             await asyncio.sleep(0.05)
@@ -330,9 +328,9 @@ async def test_a_machine_lost_while_nothing_runs(kernel):
 
 
 async def test_no_machine_is_one_clear_error_for_each_cell(tmp_path):
-    kernelspec.write(
-        tmp_path / "kernels" / "broken", "broken", {"AGENTVM_LOCAL_RUNTIME": "1", "TMPDIR": "/nonexistent"}
-    )
+    """A real machine is asked for, of which there is no image here, or not even libvirt."""
+    folders = {f"AGENTVM_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "STATE", "RUN")}
+    kernelspec.write(tmp_path / "kernels" / "broken", "broken", folders)
     manager = AsyncKernelManager(kernel_name="broken")
     await manager.start_kernel()
     client = manager.client()
@@ -342,7 +340,8 @@ async def test_no_machine_is_one_clear_error_for_each_cell(tmp_path):
         for _ in range(2):
             reply, outputs = await kernel.run("1 + 1")
             assert reply["status"] == "error"
-            assert "No machine could be had" in reply["evalue"]
+            assert reply["ename"].endswith("Error")
+            assert reply["evalue"]
             assert [msg_type for msg_type, _ in outputs] == ["error"]
     finally:
         client.stop_channels()
@@ -382,7 +381,6 @@ async def test_shutdown_while_the_machine_starts():
 async def test_killed_kernel_process_takes_its_runtime_along(kernel):
     await kernel.run("1")
     runtime = kernel.runtime
-    kernel.process.send_signal(signal.SIGKILL)
-    assert runtime.wait(10) is None or True
-    assert not psutil.pid_exists(runtime.pid) or psutil.Process(runtime.pid).status() == psutil.STATUS_ZOMBIE
-    assert os.getpid()
+    kernel.process.kill()
+    _, left = psutil.wait_procs([runtime, *runtime.children()], timeout=10)
+    assert not left
