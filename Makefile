@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test conformance test-vsock clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,13 @@ lint: setup ## check style and types
 	$(PYTHON) -m mypy
 
 test: lint ## lint, then all tests with coverage (boots real machines)
-	$(PYTHON) -m pytest tests/unit tests/integration tests/e2e --cov --cov-report=term --cov-fail-under=80
+	$(PYTHON) -m pytest tests/unit tests/integration tests/e2e tests/conformance --cov --cov-report=term --cov-fail-under=80
+
+conformance: setup ## Jupyter's own test suite for kernels, against a real machine
+	$(PYTHON) -m pytest tests/conformance
+
+test-vsock: setup ## the vsock transport for real, nested: an outer guest runs an inner one (10 minutes under emulation)
+	$(PYTHON) -m pytest tests/vsock -s
 
 clean: ## remove what was built in this folder (images and machines stay: `agentvm image remove`)
 	rm -rf .venv out build dist *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis .setup-lock

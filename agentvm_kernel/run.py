@@ -236,18 +236,29 @@ class _Run:
 
     async def _wait_for_machine(self, channels: Any) -> None:
         """Wait until cells can run: no part of a machine's start shall count against a cell's time limit."""
-        request = channels.execute("", silent=True, store_history=False)
-        while True:
-            try:
-                reply = await channels.shell_channel.get_msg(timeout=1)
-            except Empty:
-                if not await channels.is_alive():
-                    raise DeadKernelError("the kernel process ended before it was ready") from None
-                continue
-            if reply["parent_header"].get("msg_id") == request:
-                break
+        # Not silent: the kernel tells cells that wait what its machine is doing.
+        request = channels.execute("", store_history=False)
+        telling = asyncio.create_task(self._tell_stages(channels, request))
+        try:
+            while True:
+                try:
+                    reply = await channels.shell_channel.get_msg(timeout=1)
+                except Empty:
+                    if not await channels.is_alive():
+                        raise DeadKernelError("the kernel process ended before it was ready") from None
+                    continue
+                if reply["parent_header"].get("msg_id") == request:
+                    break
+        finally:
+            telling.cancel()
         if reply["content"]["status"] == "error":
             raise NotebookError(str(reply["content"].get("evalue")))
+
+    async def _tell_stages(self, channels: Any, request: str) -> None:
+        while True:
+            message = await channels.iopub_channel.get_msg(timeout=None)
+            if message["msg_type"] == "stream" and message["parent_header"].get("msg_id") == request:
+                self._report.stage(printable(message["content"]["text"].removeprefix(SAID)).strip())
 
     async def _execute_cell(self, client: NotebookClient, index: int) -> None:
         cell = self._notebook.cells[index]

@@ -51,6 +51,12 @@ class Report:
         self._line = f"starting the {what}"
         self._live.reset(self._task, description=self._line)
 
+    def stage(self, text: str) -> None:
+        """What the start is at; a slow one has several stages."""
+        self._live.update(self._task, description=f"{self._line}: {text}")
+        if not self._console.is_terminal:
+            self._console.print(Text(f"            {text}"))
+
     def started(self, seconds: float) -> None:
         """It is ready."""
         self._print("✓", "green", seconds, self._line)

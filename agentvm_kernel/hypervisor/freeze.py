@@ -150,8 +150,8 @@ def freeze_live(machine: Machine, *, name: str = "", description: str = "", resu
 def _save_devices(machine: Machine) -> bytes:
     """Have QEMU save the state of all devices of the paused machine."""
     path = machine.files.sockets / "state"
-    # live=true: QEMU keeps its disks, the machine may run on afterwards.
-    machine.qmp("xen-save-devices-state", filename=str(path), live=True)
+    # With live=true a paused QEMU would give up its disks for a receiver to take over, and die of an assertion at the next save.
+    machine.qmp("xen-save-devices-state", filename=str(path), live=False)
     try:
         return read_untrusted(path, MAX_STATE)
     finally:

@@ -200,10 +200,10 @@ def test_a_freeze_that_fails_leaves_no_snapshot_and_a_machine_that_runs(template
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agentvm_kernel.hypervisor.freeze.write_delta", fail)
-    with pytest.raises(OSError, match="No space"):
-        freeze_live(machine)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("agentvm_kernel.hypervisor.freeze.write_delta", fail)
+        with pytest.raises(OSError, match="No space"):
+            freeze_live(machine)
     assert machine.state is MachineState.RUNNING
     assert list_all() == [template]
 
@@ -292,9 +292,10 @@ def test_hazard_13_what_qemu_writes_is_no_way_to_other_files(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         read_untrusted(tmp_path / "link", 100)
     os.link(tmp_path / "ours", tmp_path / "hard")
-    for path, limit in ((tmp_path / "hard", 100), (tmp_path, 100)):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "hard", tmp_path / "pipe"):
         with pytest.raises(HostError, match="not what QEMU should have written"):
-            read_untrusted(path, limit)
+            read_untrusted(path, 100)
     (tmp_path / "hard").unlink()
     with pytest.raises(HostError):
         read_untrusted(tmp_path / "ours", 3)

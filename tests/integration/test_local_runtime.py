@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agentvm_kernel.errors import GuestError, MachineTimeout
+from agentvm_kernel.errors import AuthenticationError, GuestError
 from agentvm_kernel.transport.address import UnixAddress
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 from guest_runtime.wire import Channel
@@ -30,10 +30,14 @@ class Cell:
         self.id = uuid.uuid4().hex
         self.done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.started = asyncio.Event()
-        self.text = ""
+        self.pieces: list[str] = []
         self.results: list[str] = []
         self.reply: dict[str, Any] = {}
         self.idle = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class Runtime:
@@ -77,7 +81,7 @@ class Runtime:
         if channel == Channel.SHELL:
             cell.reply = content
         elif header["msg_type"] == "stream":
-            cell.text += content["text"]
+            cell.pieces.append(content["text"])
         elif header["msg_type"] == "execute_result":
             cell.results.append(content["data"]["text/plain"])
         elif header["msg_type"] == "execute_input":
@@ -188,7 +192,8 @@ async def test_not_one_of_many_messages_is_dropped_while_the_host_waits(runtime:
 
 async def test_a_flood_can_be_interrupted(runtime: Runtime) -> None:
     cell = runtime.start("while True: print('y' * 1000)")
-    await asyncio.wait_for(cell.started.wait(), TIMEOUT_S)
+    while not cell.pieces:  # ipykernel itself loses an interrupt that comes before the code runs
+        await asyncio.sleep(0.01)
     await runtime.connection.call("kernel.interrupt")
     reply = await asyncio.wait_for(cell.done, TIMEOUT_S)
     assert reply["ename"] == "KeyboardInterrupt"
@@ -296,7 +301,7 @@ async def test_strangers_change_nothing(runtime: Runtime) -> None:
     strangers = [await asyncio.open_unix_connection(runtime.address.path) for _ in range(40)]
     for _, writer in strangers:
         writer.write(os.urandom(10_000))
-    with pytest.raises(MachineTimeout):
+    with pytest.raises(AuthenticationError):
         await open_connection(runtime.address, bytes(32), timeout_s=0.5)
     assert (await runtime.run("1")).results == ["1"]
     for _, writer in strangers:
