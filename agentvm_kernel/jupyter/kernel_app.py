@@ -121,6 +121,10 @@ class KernelApp:
         """End this process; the machine is given back on the way out."""
         self._end(0)
 
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call something after a while."""
+        self._loop.call_later(delay_s, callback)
+
     # ---- the machine
 
     async def _acquire(self) -> None:

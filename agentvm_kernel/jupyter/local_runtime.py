@@ -64,21 +64,26 @@ class LocalBackend:
         secret = secrets.token_bytes(32)
         (folder / "secret").write_bytes(secret)
         environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "guest_runtime.local"),
-            *("--socket", str(folder / "runtime.sock"), "--secret-file", str(folder / "secret")),
-            stdin=asyncio.subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        # Its log must not look like this kernel's: clients watch that.
+        with (folder / "log").open("w") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "guest_runtime.local"),
+                *("--socket", str(folder / "runtime.sock"), "--secret-file", str(folder / "secret")),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
         try:
             connection = await _connect(process, UnixAddress(folder / "runtime.sock"), secret)
             await connection.call("kernel.wait", timeout_s=_START_TIMEOUT_S)
             kernel_pid = int((await connection.call("kernel.status"))["pid"])
         except BaseException as error:
+            tail = (folder / "log").read_text()[-2000:]
             await _end(process, folder)
             if isinstance(error, AgentVMError):
-                raise BootError(f"The local runtime did not come up: {error.message}", hint=error.hint) from error
+                raise BootError(f"The local runtime did not come up: {error.message}", hint=tail) from error
             raise
         return LocalLease(process, folder, connection, kernel_pid)
 

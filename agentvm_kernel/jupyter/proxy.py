@@ -40,6 +40,7 @@ CONTROL_TYPES = frozenset(
     {"debug_request", "usage_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"}
 )
 FORWARDED = {"shell": SHELL_TYPES | COMM_TYPES, "control": SHELL_TYPES | CONTROL_TYPES}
+KERNEL_INFO_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
 
 
@@ -67,6 +68,9 @@ class Owner(Protocol):
     def shutdown(self) -> None:
         """A client asked the kernel to end and has its reply."""
 
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call something after a while."""
+
 
 class Proxy:
     """The state of all conversations between the clients and one guest after another.
@@ -85,6 +89,7 @@ class Proxy:
         self._held: deque[tuple[Request, list[Buffer]]] = deque()
         self._notice = ""
         self._said_starting = False
+        self._unanswered_info: list[Request] = []
         self._shown: tuple[Request, str] | None = None
         # The cells that have asked for input and have no answer yet.
         self._asking: list[Request] = []
@@ -198,6 +203,7 @@ class Proxy:
             self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
             self._notice = ""
         self._said_starting = False
+        self._unanswered_info: list[Request] = []
         try:
             connection.send(GUEST_CHANNELS[request.channel], parts)
         except ConnectionClosed:
@@ -220,8 +226,18 @@ class Proxy:
     # ---- answered by the host
 
     def _kernel_info(self, message: ClientMessage, request: Request) -> None:
+        self._unanswered_info.append(request)
+        if self._connection is not None and self._requests.has_pending(request.channel):
+            # In its turn, like every reply of a channel, unless that takes longer than JupyterLab would wait.
+            self._owner.call_later(KERNEL_INFO_PATIENCE_S, self._answer_kernel_info)
+        else:
+            self._answer_kernel_info()
+
+    def _answer_kernel_info(self) -> None:
+        waiting, self._unanswered_info = self._unanswered_info, []
         ready = self._connection.ready if self._connection is not None else {}
-        self._answer(request, kernel_info(str(ready.get("python", "")), str(ready.get("ipython", ""))))
+        for request in waiting:
+            self._answer(request, kernel_info(str(ready.get("python", "")), str(ready.get("ipython", ""))))
 
     def _connect(self, message: ClientMessage, request: Request) -> None:
         self._answer(request, {"status": "ok", **self._outlet.info.ports()})
@@ -330,6 +346,8 @@ class Proxy:
         self._requests.answered(request)
         self._asking = [asking for asking in self._asking if asking is not request]
         self._send(request.channel, request, msg_type, content, guest_message=guest_message)
+        if self._unanswered_info and not self._requests.has_pending(request.channel):
+            self._answer_kernel_info()
 
     def _send(
         self,

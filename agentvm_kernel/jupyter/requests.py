@@ -77,6 +77,10 @@ class RequestTable:
         """Return the request with this id, answered or not."""
         return self._pending.get(msg_id) or self._answered.get(msg_id)
 
+    def has_pending(self, channel: str) -> bool:
+        """Whether a reply is due on this channel."""
+        return any(request.channel == channel for request in self._pending.values())
+
     def running(self) -> list[Request]:
         """Return the cells that have begun and have no reply yet."""
         return [r for r in self._pending.values() if r.is_cell and r.progress is Progress.BUSY and not r.silent]

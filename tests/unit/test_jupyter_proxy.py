@@ -94,6 +94,9 @@ class Owner:
     def shutdown(self):
         self.shutdowns += 1
 
+    def call_later(self, delay_s, callback):
+        self.later = callback
+
 
 class World:
     def __init__(self):
@@ -381,6 +384,34 @@ def test_kernel_info_tells_the_guests_version(world):
     reply = world.outlet.take()[1]
     assert reply.channel == "control"
     assert reply.content["language_info"]["version"] == "3.11.2"
+
+
+def replies(world):
+    return [m.type for m in world.outlet.take() if m.channel == "shell"]
+
+
+def test_kernel_info_waits_for_its_turn(world):
+    asked = world.execute("1")
+    world.ask("kernel_info_request")
+    assert replies(world) == []
+    world.guest.say(Channel.SHELL, "execute_reply", asked, {"status": "ok", "execution_count": 1})
+    assert replies(world) == ["execute_reply", "kernel_info_reply"]
+    world.owner.later()
+    assert replies(world) == []
+
+
+def test_kernel_info_does_not_wait_for_a_long_cell(world):
+    world.execute("while True: pass")
+    world.ask("kernel_info_request")
+    world.owner.later()
+    assert replies(world) == ["kernel_info_reply"]
+
+
+def test_kernel_info_is_answered_when_the_machine_is_lost(world):
+    world.execute("while True: pass")
+    world.ask("kernel_info_request")
+    world.proxy.detach(MachineLost("gone"))
+    assert replies(world) == ["execute_reply", "kernel_info_reply"]
 
 
 def test_connect_request_tells_the_ports(world):
