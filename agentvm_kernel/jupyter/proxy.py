@@ -202,8 +202,6 @@ class Proxy:
             self._set_status(request, Progress.BUSY)
             self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
             self._notice = ""
-        self._said_starting = False
-        self._unanswered_info: list[Request] = []
         try:
             connection.send(GUEST_CHANNELS[request.channel], parts)
         except ConnectionClosed:

@@ -445,6 +445,9 @@ def test_subscribers_are_welcomed(world):
     assert states([starting]) == ["starting"]
     assert (first.type, first.content, first.identities) == ("iopub_welcome", {"subscription": ""}, [])
     assert (second.content, second.identities) == ({"subscription": "topic"}, [b"topic"])
+    world.execute()
+    world.proxy.on_subscribe(b"")
+    assert states(world.outlet.take()) == []
 
 
 # ---- input
