@@ -11,6 +11,7 @@ up there. The kernel process imports this module.
 import os
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,17 @@ def freeze_live(machine: Machine, *, name: str = "", description: str = "", resu
         if was_running:
             machine.pause()
         try:
-            state = _save_devices(machine)
-            pages = write_delta(folder / "delta", pid, mappings)
-            _switch_disk(machine, next_overlay)
+            # Copying the pages takes as long as all that QEMU and libvirt have to do, and needs neither.
+            with ThreadPoolExecutor(1) as other:
+                saving = other.submit(_save_devices, machine)
+                switching = other.submit(_switch_disk, machine, next_overlay, layer_path(layer))
+                pages = write_delta(folder / "delta", pid, mappings)
+                state = saving.result()
+                switching.result()
         finally:
             if was_running and resume:
                 machine.resume()
         pause_s = time.monotonic() - began
-        machine.set_overlay(next_overlay)
-        seal(machine.hypervisor, layer_path(layer), 0o444)
         common = _write_common(machine, folder, state)
         snapshot = Snapshot(
             id=snapshot_id,
@@ -158,8 +161,11 @@ def _save_devices(machine: Machine) -> bytes:
         path.unlink(missing_ok=True)
 
 
-def _switch_disk(machine: Machine, overlay: Path) -> None:
-    """Let the paused machine write to `overlay` from now on; its present disk layer does not change any more."""
+def _switch_disk(machine: Machine, overlay: Path, layer: Path) -> None:
+    """Let the paused machine write to `overlay` from now on; its present one, also known as `layer`, does not change any more.
+
+    It stays so when the rest of the freeze fails: the layer then is just one that no snapshot is named after.
+    """
     snapshot = ElementTree.Element("domainsnapshot")
     disk = ElementTree.SubElement(
         ElementTree.SubElement(snapshot, "disks"), "disk", name=DISK, snapshot="external", type="file"
@@ -174,6 +180,8 @@ def _switch_disk(machine: Machine, overlay: Path) -> None:
     )
     with machine.hypervisor.errors(f"giving machine {machine.name} a new disk layer"):
         machine.domain.snapshotCreateXML(ElementTree.tostring(snapshot, encoding="unicode"), flags)
+    machine.set_overlay(overlay)
+    seal(machine.hypervisor, layer, 0o444)
 
 
 def _write_common(machine: Machine, folder: Path, state: bytes) -> dict[str, Any]:

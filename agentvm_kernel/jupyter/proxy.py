@@ -17,6 +17,7 @@ from agentvm_kernel.jupyter import guest_messages
 from agentvm_kernel.jupyter.connection_file import ConnectionInfo
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
+from agentvm_kernel.jupyter.output_valve import OutputValve
 from agentvm_kernel.jupyter.requests import Progress, Request, RequestTable
 from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError
 from agentvm_kernel.log import get_logger
@@ -48,6 +49,9 @@ class Outlet(Protocol):
     """Where messages to clients go; `sockets.ClientSockets` is one."""
 
     info: ConnectionInfo
+
+    def backlog(self) -> int:
+        """Return how many bytes wait for iopub subscribers."""
 
     def send(self, channel: str, frames: Sequence[Buffer]) -> None:
         """Send on shell, control or stdin."""
@@ -86,6 +90,7 @@ class Proxy:
         self._owner = owner
         self._requests = RequestTable()
         self._connection: GuestConnection | None = None
+        self._valve = OutputValve(outlet.backlog, owner.call_later)
         self._held: deque[tuple[Request, list[Buffer]]] = deque()
         self._notice = ""
         self._said_starting = False
@@ -299,6 +304,8 @@ class Proxy:
                 return
             message.content["code"], request.code = request.code, None
         self._publish(message.msg_type, message.content, request, guest_message=message)
+        if self._connection is not None:
+            self._valve.check(self._connection)
 
     def _on_guest_reply(self, channel: str, parts: list[bytes]) -> None:
         try:

@@ -21,6 +21,8 @@ from agentvm_kernel.jupyter.wire import Buffer
 
 _MAX_RECEIVED_AT_ONCE = 64
 _SEND_LINGER_MS = 1000
+# Shorter frames are bounded well enough by ZeroMQ's limit of a thousand messages.
+_TRACKED_BYTES = 64 * 1024
 
 OnMessage = Callable[[str, list[bytes]], None]
 OnSubscribe = Callable[[bytes], None]
@@ -52,7 +54,7 @@ class _LoopSocket:
         if not paused:
             self._schedule()
 
-    def send(self, frames: Sequence[Buffer]) -> None:
+    def send(self, frames: "Sequence[Buffer | zmq.Frame]") -> None:
         # ROUTER and XPUB never block: they drop for clients that left or do not read. With copy=False pyzmq still
         # copies frames shorter than its copy_threshold, 64 KiB.
         self.socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
@@ -113,6 +115,8 @@ class ClientSockets:
             channel: _LoopSocket(socket, partial(self._received, channel)) for channel, socket in routers.items()
         }
         self._iopub = _LoopSocket(iopub, self._subscription)
+        self._waiting: list[tuple[zmq.MessageTracker, int]] = []
+        self._waiting_bytes = 0
         self._heartbeat = threading.Thread(target=_beat, args=(heartbeat,), name="heartbeat", daemon=True)
         self._heartbeat.start()
 
@@ -134,7 +138,20 @@ class ClientSockets:
 
     def publish(self, frames: Sequence[Buffer]) -> None:
         """Send a message to all iopub subscribers; its first frame is the topic."""
-        self._iopub.send(frames)
+        self._iopub.send([frame if len(frame) < _TRACKED_BYTES else self._track(frame) for frame in frames])
+
+    def _track(self, frame: Buffer) -> zmq.Frame:
+        tracked = zmq.Frame(frame, track=True, copy=False)
+        self._waiting.append((tracked.tracker, len(frame)))
+        self._waiting_bytes += len(frame)
+        return tracked
+
+    def backlog(self) -> int:
+        """Return how many bytes wait for iopub subscribers, without those of short frames."""
+        if self._waiting_bytes:
+            self._waiting = [(tracker, size) for tracker, size in self._waiting if not tracker.done]
+            self._waiting_bytes = sum(size for _, size in self._waiting)
+        return self._waiting_bytes
 
     def pause(self, channel: str, paused: bool) -> None:
         """Stop or continue receiving on shell, control or stdin."""

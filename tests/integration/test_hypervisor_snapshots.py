@@ -206,6 +206,8 @@ def test_a_freeze_that_fails_leaves_no_snapshot_and_a_machine_that_runs(template
             freeze_live(machine)
     assert machine.state is MachineState.RUNNING
     assert list_all() == [template]
+    machine.pause()
+    assert counter(thawed(freeze_live(machine))) == counter(machine)
 
 
 def test_a_freeze_that_fails_after_the_disk_moved_on_does_not_spoil_later_ones(template, thawed, monkeypatch):

@@ -9,6 +9,7 @@ from jupyter_client.session import Session as ReferenceSession
 
 from agentvm_kernel.errors import BootError, MachineLost
 from agentvm_kernel.jupyter.connection_file import ConnectionInfo
+from agentvm_kernel.jupyter.output_valve import LIMIT, STALL_S
 from agentvm_kernel.jupyter.proxy import Proxy
 from agentvm_kernel.jupyter.requests import MAX_ANSWERED
 from agentvm_kernel.jupyter.wire import Session
@@ -24,7 +25,11 @@ class Outlet:
     def __init__(self):
         self.info = ConnectionInfo(shell_port=1, iopub_port=2, stdin_port=3, control_port=4, hb_port=5)
         self.messages = []
+        self.waiting = 0
         self._reader = ReferenceSession(key=KEY)
+
+    def backlog(self):
+        return self.waiting
 
     def send(self, channel, frames):
         self._record(channel, frames)
@@ -62,6 +67,13 @@ class Guest:
         self.on_message = {}
         self.on_notification = None
         self.received = []
+        self.paused = set()
+
+    def pause(self, channel):
+        self.paused.add(channel)
+
+    def resume(self, channel):
+        self.paused.remove(channel)
 
     def send(self, channel, parts):
         self.received.append((channel, [bytes(part) for part in parts]))
@@ -448,6 +460,64 @@ def test_subscribers_are_welcomed(world):
     world.execute()
     world.proxy.on_subscribe(b"")
     assert states(world.outlet.take()) == []
+
+
+# ---- clients that do not read
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("agentvm_kernel.jupyter.output_valve.time.monotonic", lambda: now[0])
+    return now
+
+
+def print_something(world):
+    asked = world.execute("print(1)")
+    world.guest.say(Channel.IOPUB, "stream", asked, {"name": "stdout", "text": "1"})
+
+
+def test_the_guest_waits_for_clients_that_do_not_read(world, clock):
+    world.outlet.waiting = LIMIT
+    print_something(world)
+    assert not world.guest.paused
+    world.outlet.waiting = LIMIT + 1
+    print_something(world)
+    assert world.guest.paused == {Channel.IOPUB}
+    for waiting in (LIMIT, LIMIT // 2 + 1):
+        clock[0] += STALL_S
+        world.outlet.waiting = waiting
+        world.owner.later()
+        assert world.guest.paused
+    world.outlet.waiting = LIMIT // 2
+    world.owner.later()
+    assert not world.guest.paused
+
+
+def test_one_client_that_never_reads_does_not_stop_the_others_for_ever(world, clock):
+    world.outlet.waiting = LIMIT + 1
+    print_something(world)
+    clock[0] += STALL_S + 1
+    world.owner.later()
+    assert not world.guest.paused
+    print_something(world)
+    assert not world.guest.paused
+    world.outlet.waiting = 2 * LIMIT + 2
+    print_something(world)
+    assert world.guest.paused
+
+
+def test_a_fresh_machine_does_not_wait_for_the_output_of_a_lost_one(world):
+    world.outlet.waiting = LIMIT + 1
+    print_something(world)
+    look_again = world.owner.later
+    world.proxy.detach(MachineLost("gone"))
+    old, world.guest = world.guest, Guest()
+    world.attach()
+    print_something(world)
+    look_again()
+    assert world.guest.paused
+    assert old.paused
 
 
 # ---- input

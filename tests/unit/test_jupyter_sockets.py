@@ -118,6 +118,26 @@ async def test_every_subscriber_is_announced(info, context):
     sockets.close()
 
 
+async def test_counts_what_waits_for_a_subscriber_that_does_not_read(info, context):
+    sockets = ClientSockets(info)
+    subscribed = asyncio.Event()
+    sockets.start(lambda channel, frames: None, lambda topic: subscribed.set())
+    subscriber = connect(context, sockets, "iopub", zmq.SUB)
+    subscriber.rcvhwm = 1
+    subscriber.subscribe(b"")
+    async with asyncio.timeout(10):
+        await subscribed.wait()
+        message = [b"topic", b"x" * 1_000_000, memoryview(b"y" * 100_000), b"short"]
+        for _ in range(50):
+            sockets.publish(message)
+        assert 20_000_000 < sockets.backlog() <= 50 * 1_100_000
+        for _ in range(50):
+            assert list(map(len, await subscriber.recv_multipart())) == [5, 1_000_000, 100_000, 5]
+        while sockets.backlog():
+            await asyncio.sleep(0.01)
+    sockets.close()
+
+
 async def test_curve_keeps_clients_without_the_key_out(info, context):
     public, secret = zmq.curve_keypair()
     sockets = ClientSockets(replace(info, curve_publickey=public.decode(), curve_secretkey=secret.decode()))
