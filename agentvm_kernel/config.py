@@ -36,11 +36,16 @@ class Limits(BaseModel):
         default=frozenset({"light", "standard", "intensive"}), min_length=1, description="Profiles that may be used."
     )
     max_memory_mib: int | None = Field(default=None, gt=0, description="Most memory that one machine may have, in MiB.")
+    max_pool: int = Field(default=16, ge=0, description="Most machines that may be kept ready.")
 
     def narrowed(self, other: "Limits") -> "Limits":
         """Return what both these limits and `other` allow."""
         memories = [memory for memory in (self.max_memory_mib, other.max_memory_mib) if memory is not None]
-        return Limits(profiles=self.profiles & other.profiles, max_memory_mib=min(memories, default=None))
+        return Limits(
+            profiles=self.profiles & other.profiles,
+            max_memory_mib=min(memories, default=None),
+            max_pool=min(self.max_pool, other.max_pool),
+        )
 
 
 class Config(BaseModel):
@@ -56,6 +61,9 @@ class Config(BaseModel):
     boot_timeout_s: float = Field(
         default=300.0, gt=0, le=3600, description="Seconds within which a machine must answer."
     )
+    acquire_timeout_s: float = Field(
+        default=60.0, ge=0, le=3600, description="Seconds to wait for a machine where the pool's maximum is reached."
+    )
     limits: Limits = Limits()
 
     def sandbox_settings(self) -> SandboxSettings:
@@ -64,21 +72,32 @@ class Config(BaseModel):
         Raises:
             ConfigError: there is no such profile, it is not allowed here or has more memory than a machine may have.
         """
-        self._check_limits()
-        return SandboxSettings(profile=self.profile, image=self.image, uri=self.uri, boot_timeout_s=self.boot_timeout_s)
+        self.check_profile(self.profile)
+        return SandboxSettings(
+            profile=self.profile,
+            image=self.image,
+            uri=self.uri,
+            boot_timeout_s=self.boot_timeout_s,
+            acquire_timeout_s=self.acquire_timeout_s,
+        )
 
-    def _check_limits(self) -> None:
+    def check_profile(self, name: str) -> None:
+        """Make sure that a profile exists and may be used.
+
+        Raises:
+            ConfigError: there is none of this name, it is not allowed here or has more memory than a machine may have.
+        """
         from agentvm_kernel.hypervisor.profiles import get_profile
 
-        memory = get_profile(self.profile).memory_mib
-        if self.profile not in self.limits.profiles:
+        memory = get_profile(name).memory_mib
+        if name not in self.limits.profiles:
             raise ConfigError(
-                f"Profile {self.profile!r} is not allowed on this host.",
+                f"Profile {name!r} is not allowed on this host.",
                 hint=f"Choose one of: {', '.join(sorted(self.limits.profiles))}.",
             )
         if self.limits.max_memory_mib is not None and memory > self.limits.max_memory_mib:
             raise ConfigError(
-                f"Profile {self.profile!r} has {memory} MiB of memory; this host allows {self.limits.max_memory_mib} MiB.",
+                f"Profile {name!r} has {memory} MiB of memory; this host allows {self.limits.max_memory_mib} MiB.",
                 hint="Choose a smaller profile.",
             )
 

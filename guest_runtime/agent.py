@@ -77,6 +77,7 @@ class Agent:
             "kernel.status": method(self.kernel.status),
             "kernel.interrupt": method(self.kernel.interrupt),
             "kernel.restart": method(self.kernel.restart, slow=True),
+            "kernel.warm_up": method(self.warm_up, slow=True),
         }
 
     # ---- where hosts come in
@@ -271,6 +272,27 @@ class Agent:
         if not sent.wait(timeout_s):
             raise rpc.RpcError(f"the host did not take all output within {timeout_s:g} s", code=rpc.BUSY)
         return {"quiet": True}
+
+    def warm_up(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Have the Python kernel run something, so that a thawed machine's first cell finds its pages and its code in place.
+
+        Args:
+            timeout_s: how long that may take.
+
+        Raises:
+            RpcError: it takes longer (code -32001), or there is no kernel.
+        """
+        self.kernel.wait()
+        warm = threading.Event()
+
+        def run() -> None:
+            if self._bridge is not None:
+                self._bridge.probe(warm.set, run=True)
+
+        self.call_soon(run)
+        if not warm.wait(timeout_s):
+            raise rpc.RpcError(f"nothing ran within {timeout_s:g} s", code=rpc.BUSY)
+        return {"warm": True}
 
     # ---- the Python kernel
 

@@ -29,6 +29,7 @@ class Powers:
         """Return them by name."""
         return {
             "renew": Method(self.renew, slow=True),
+            "wake": Method(self.wake),
             "shutdown": Method(self.shutdown),
             "reboot": Method(self.reboot),
         }
@@ -67,6 +68,17 @@ class Powers:
         self._agent.set_secret(new_secret)
         confirmed = dict.fromkeys(("entropy", "time", "hostname", "machine_id", "boot_id", "secret"), True)
         return confirmed | {"reseed": reseed, "connections": reseed}
+
+    def wake(self, entropy: str, time_ns: int) -> dict[str, bool]:
+        """Go on after a pause; whose machine it is has not changed.
+
+        Args:
+            entropy: 32 bytes or more from the host's generator, in base64.
+            time_ns: the host's wall clock, in nanoseconds since the epoch.
+        """
+        identity.reseed_kernel(_decode(entropy, "entropy", 32))
+        identity.set_clock(time_ns)
+        return {"entropy": True, "time": True}
 
     def shutdown(self) -> dict[str, Any]:
         """Switch the machine off cleanly; PID 1 does it, once the host has our answer."""

@@ -17,6 +17,10 @@ from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.paths import run_dir, state_dir
 
 MACHINE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+READY = "ready-"
+"""Prefix of the file in the folder of a machine that waits in the pool (see `sandbox.pool`)."""
+CLAIMED = "claimed"
+"""What that file is renamed to by the one process that takes the machine."""
 MAX_SOCKET_PATH = 107
 """Bytes in sockaddr_un.sun_path without its final zero (unix(7))."""
 

@@ -1,8 +1,8 @@
 """Removes machines that nobody owns any more: domain, folder, sockets. Nothing may leak, whoever was killed and when.
 
-A machine is orphaned when the process named in its metadata is gone. Every keeper pass calls `reap`; a process that is done with a machine
-starts `python -m agentvm_kernel.hypervisor.reap --machine NAME` detached, so that nobody waits for QEMU's end. The kernel process never
-imports this module.
+A machine is orphaned when the process named in its metadata is gone; one in the pool belongs to nobody until it is claimed. Every
+keeper pass calls `reap`; a process that is done with a machine starts `python -m agentvm_kernel.hypervisor.reap --machine NAME`
+detached, so that nobody waits for QEMU's end. The kernel process never imports this module.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from agentvm_kernel.errors import (
     UnknownMachineError,
 )
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir, read_untrusted, sockets_dir
+from agentvm_kernel.hypervisor.files import CLAIMED, READY, MachineFiles, machines_dir, read_untrusted, sockets_dir
 from agentvm_kernel.hypervisor.tags import NAMESPACE, Tags
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.paths import state_dir
@@ -37,6 +37,8 @@ log = get_logger(__name__)
 
 UNFINISHED_S = 60.0
 """A folder without machine.json may be one that is being made; after this time it is not."""
+CLAIM_S = 60.0
+"""Who takes a machine out of the pool has told libvirt so by then, or is dead."""
 
 
 def reap(hypervisor: Hypervisor) -> list[str]:
@@ -57,7 +59,7 @@ def reap(hypervisor: Hypervisor) -> list[str]:
             for domain in hypervisor.domains():
                 known.add(domain.name())
                 tags = read_tags(domain)
-                if tags is not None and not tags.owner.alive() and _remove_domain(hypervisor, domain, tags):
+                if tags is not None and _orphaned(tags) and _remove_domain(hypervisor, domain, tags):
                     reaped.add(domain.name())
                     known.discard(domain.name())
         except HostError as error:
@@ -68,6 +70,18 @@ def reap(hypervisor: Hypervisor) -> list[str]:
         for name in sorted(reaped):
             log.info("machine_reaped", machine=name)
         return sorted(reaped)
+
+
+def _orphaned(tags: Tags) -> bool:
+    if tags.state != "pooled":
+        return not tags.owner.alive()
+    if any(tags.folder.glob(f"{READY}*")):
+        return False
+    try:
+        # The rename that claims a machine moves the file's change time.
+        return time.time() - (tags.folder / CLAIMED).stat().st_ctime > CLAIM_S
+    except FileNotFoundError:
+        return not tags.owner.alive()
 
 
 def remove_machine(hypervisor: Hypervisor, name: str) -> None:

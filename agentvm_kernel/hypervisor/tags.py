@@ -45,7 +45,7 @@ class Tags:
         folder: where the machine's files are.
         lease: id of the lease, empty when nobody leases it.
         template: id of the snapshot that it was thawed from, empty after a cold boot.
-        state: what it is used as: "booting", "leased", "pooled", "template".
+        state: what it is used as: "booting", "leased", "preparing" (for the pool), "pooled", "template".
         profile: name of its resource profile.
         created: UTC, ISO 8601.
     """

@@ -1,25 +1,27 @@
 """A lease: one machine that belongs to this process, with the authenticated connection to it.
 
-`acquire` hands out a machine only after its identity has been renewed and confirmed (clock, name, secret, entropy); a machine that does
-not confirm is destroyed. The kernel process imports this module, so it imports little; what boots or builds is imported when needed.
+`acquire` hands out a machine only after it has confirmed an identity of its own (clock, name, secret, entropy): one from the pool,
+or one that it thaws. A machine that does not confirm is destroyed. The kernel process imports this module, so it imports little; what
+boots or builds is imported when needed.
 """
 
 import asyncio
-import base64
-import os
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from agentvm_kernel.errors import MachineLost
+from agentvm_kernel.errors import AgentVMError, MachineTimeout
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.machine import Machine, spawn_releaser
 from agentvm_kernel.hypervisor.snapshot import Snapshot
+from agentvm_kernel.hypervisor.states import MachineState
+from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.hypervisor.thaw import thaw
 from agentvm_kernel.image import store
+from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
-from agentvm_kernel.sandbox import templates
+from agentvm_kernel.sandbox import pool, templates
+from agentvm_kernel.sandbox.identity import renew_identity, wake
 from agentvm_kernel.sandbox.settings import SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
@@ -27,11 +29,13 @@ log = get_logger(__name__)
 
 Progress = Callable[[str], None]
 
-RENEW_TIMEOUT_S = 20.0
 LOST_GRACE_S = 1.0
 THAW_TIMEOUT_S = 30.0
 # Machines whose owner was killed are removed by whoever comes next, but not while a first cell wants the CPUs.
 REAP_AFTER_S = 3.0
+KEEPER_AFTER_S = 1.0
+KEEPER_EVERY_S = 15.0
+ROOM_EVERY_S = 0.3
 
 
 class Lease:
@@ -49,12 +53,32 @@ class Lease:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._hypervisor = hypervisor
         self._released = False
-        self._watch = asyncio.create_task(self._watch_connection())
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.in_background(self._watch_connection())
+        self.in_background(self._watch_keeper())
 
     @property
     def description(self) -> str:
         """One line for people: which machine this is and how it runs."""
         return self.machine.description
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that nobody waits for; what fails is logged, and it is dropped when the lease ends."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._released:
+            log.warning("lease_background", machine=self.machine.name, error=f"{type(error).__name__}: {error}")
+
+    async def _watch_keeper(self) -> None:
+        """See to it that the pool, where there is one, has a keeper."""
+        await asyncio.sleep(KEEPER_AFTER_S)
+        while True:
+            await asyncio.to_thread(pool.ensure_keeper)
+            await asyncio.sleep(KEEPER_EVERY_S)
 
     async def _watch_connection(self) -> None:
         reason = await self.connection.closed
@@ -68,7 +92,8 @@ class Lease:
         if self._released:
             return
         self._released = True
-        self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         if not self.lost.done():
             self.lost.set_result("the lease was released")
         await self.connection.close()
@@ -76,7 +101,7 @@ class Lease:
 
 
 async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = None) -> Lease:
-    """Lease a machine whose identity has been renewed and whose kernel answers.
+    """Lease a machine that has an identity of its own and whose kernel answers: from the pool if one is ready, else a thawed one.
 
     Args:
         settings: image, profile, libvirt URI and time limits.
@@ -86,25 +111,82 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
         AgentVMError: no machine can be had; the message says why and what to do.
     """
     say = on_progress or (lambda _: None)
-    hypervisor = await asyncio.to_thread(Hypervisor, settings.uri)
-    image = store.find(settings.image)
-    template = await templates.ensure(
-        hypervisor, image, settings.profile, timeout_s=settings.boot_timeout_s, on_progress=say
-    )
-    say("Thawing a machine")
-    machine = await asyncio.to_thread(_thaw_running, hypervisor, template)
+    hypervisor = Hypervisor(settings.uri)
+    image = await asyncio.to_thread(store.find, settings.image)
+    lease = await _from_pool(hypervisor, image, settings.profile)
+    if lease is None:
+        await _wait_for_room(settings.acquire_timeout_s, say)
+        template = await templates.ensure(
+            hypervisor, image, settings.profile, timeout_s=settings.boot_timeout_s, on_progress=say
+        )
+        say("Thawing a machine")
+        lease = await from_snapshot(hypervisor, template)
+        asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
+    return lease
+
+
+async def from_snapshot(hypervisor: Hypervisor, snapshot: Snapshot, *, reseed: bool = True) -> Lease:
+    """Lease a machine thawed from a snapshot, its identity renewed.
+
+    Args:
+        hypervisor: where.
+        snapshot: what to thaw.
+        reseed: it is a clone; False for a user's own restored machine, whose random numbers go on as they were.
+
+    Raises:
+        AgentVMError: it cannot be thawed or does not confirm its identity.
+    """
+    machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot)
+    connection = await _connect(machine)
     try:
-        connection = await open_connection(machine.address, machine.secret, timeout_s=THAW_TIMEOUT_S)
+        await renew_identity(connection, machine, reseed=reseed)
+    except BaseException:
+        await connection.close()
+        await asyncio.to_thread(machine.release)
+        raise
+    return Lease(hypervisor, machine, connection)
+
+
+async def _from_pool(hypervisor: Hypervisor, image: Image, profile: str) -> Lease | None:
+    """Claim a ready machine; one that turns out to be broken is discarded and the next one tried."""
+    key = pool.key(image, profile, hypervisor.uri)
+    while (name := pool.claim(key)) is not None:
         try:
-            await renew_identity(connection, machine, reseed=True)
-        except BaseException:
-            await connection.close()
-            raise
+            return await _take(hypervisor, name)
+        except (AgentVMError, OSError) as error:
+            log.warning("pooled_machine_unusable", machine=name, error=str(error))
+            await asyncio.to_thread(spawn_releaser, name, hypervisor.uri)
+    return None
+
+
+async def _take(hypervisor: Hypervisor, name: str) -> Lease:
+    machine = await asyncio.to_thread(_attach_running, hypervisor, name)
+    connection = await _connect(machine)
+    try:
+        # It has had an identity of its own since it was prepared; only its clock stood still.
+        await wake(connection, machine)
+    except BaseException:
+        await connection.close()
+        await asyncio.to_thread(machine.release)
+        raise
+    lease = Lease(hypervisor, machine, connection)
+    lease.in_background(asyncio.to_thread(machine.update_tags, owner=Owner.current(), state="leased"))
+    return lease
+
+
+async def _connect(machine: Machine) -> GuestConnection:
+    try:
+        return await open_connection(machine.address, machine.secret, timeout_s=THAW_TIMEOUT_S)
     except BaseException:
         await asyncio.to_thread(machine.release)
         raise
-    asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
-    return Lease(hypervisor, machine, connection)
+
+
+def _attach_running(hypervisor: Hypervisor, name: str) -> Machine:
+    machine = Machine.attach(hypervisor, name)
+    if machine.state is MachineState.PAUSED:
+        machine.resume()
+    return machine
 
 
 def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot) -> Machine:
@@ -117,36 +199,18 @@ def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot) -> Machine:
     return machine
 
 
-async def renew_identity(connection: GuestConnection, machine: Machine, *, reseed: bool) -> dict[str, Any]:
-    """Give the machine an identity of its own and wait until it has confirmed every part of it.
-
-    Args:
-        connection: authenticated with the machine's current secret.
-        machine: whose secret is replaced by a new one.
-        reseed: also reseed `random` and `numpy.random` in the kernel process (not for a user's own restored machine).
+async def _wait_for_room(timeout_s: float, say: Progress) -> None:
+    """Wait until the pool's configuration allows for one more machine.
 
     Raises:
-        MachineLost: the machine did not confirm; it must not be handed out (HAZARDS 1-4, 6).
+        MachineTimeout: it does not within `timeout_s` seconds.
     """
-    secret = os.urandom(32)
-    wanted = {
-        "entropy": base64.b64encode(os.urandom(256)).decode(),
-        "time_ns": time.time_ns(),
-        "hostname": machine.name,
-        "machine_id": uuid.uuid4().hex,
-        "secret": base64.b64encode(secret).decode(),
-        "reseed": reseed,
-    }
-    confirmed: dict[str, Any] = await connection.call("renew", wanted, timeout_s=RENEW_TIMEOUT_S)
-    missing = [
-        key
-        for key in ("entropy", "time", "hostname", "machine_id", "boot_id", "secret")
-        if confirmed.get(key) is not True
-    ]
-    if missing or (reseed and confirmed.get("reseed") is not True):
-        raise MachineLost(
-            f"Machine {machine.name} did not confirm its new identity ({', '.join(missing) or 'reseed'}).",
-            hint="It was discarded; run the cell again to get another one.",
-        )
-    machine.secret = secret
-    return confirmed
+    deadline = time.monotonic() + timeout_s
+    while not pool.has_room():
+        if time.monotonic() > deadline:
+            raise MachineTimeout(
+                f"All {pool.load_config().maximum} machines of the pool are in use, and none was given back within {timeout_s:g} s.",
+                hint="End a notebook, or allow for more: agentvm pool resize --maximum N.",
+            )
+        say("Waiting for another notebook to give its machine back")
+        await asyncio.sleep(ROOM_EVERY_S)

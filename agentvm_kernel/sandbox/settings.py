@@ -16,12 +16,14 @@ class SandboxSettings:
         image: name or digest of the guest image.
         uri: libvirt URI; None chooses by user (see `hypervisor.connection`).
         boot_timeout_s: seconds within which a machine must answer.
+        acquire_timeout_s: seconds to wait for a machine where the pool's maximum is reached.
     """
 
     profile: str = "standard"
     image: str = "default"
     uri: str | None = None
     boot_timeout_s: float = 300.0
+    acquire_timeout_s: float = 60.0
 
 
 def load_settings(**overrides: Any) -> SandboxSettings:
