@@ -35,6 +35,7 @@ from agentvm_kernel.hypervisor.snapshot import (
     version_text,
 )
 from agentvm_kernel.hypervisor.states import MachineState
+from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
 
 log = get_logger(__name__)
@@ -87,7 +88,9 @@ def freeze_template(machine: Machine) -> Snapshot:
     return snapshot
 
 
-def freeze_live(machine: Machine, *, name: str = "", description: str = "", resume: bool = True) -> Snapshot:
+def freeze_live(
+    machine: Machine, *, name: str = "", description: str = "", resume: bool = True, **about: str | bool
+) -> Snapshot:
     """Make a snapshot of a thawed machine, which then runs on.
 
     Only the difference to its parent is written; `snapshot.ensure_memory` builds the memory file, best before somebody waits for a thaw.
@@ -97,6 +100,7 @@ def freeze_live(machine: Machine, *, name: str = "", description: str = "", resu
         name: of the snapshot.
         description: of the snapshot.
         resume: let the machine run on; a machine that was paused stays paused.
+        about: fields of `Snapshot` that say whose it is: session, after, automatic, hostname.
 
     Raises:
         SnapshotError: it was not thawed from a snapshot, or its memory cannot be read.
@@ -134,6 +138,7 @@ def freeze_live(machine: Machine, *, name: str = "", description: str = "", resu
                 machine.resume()
         pause_s = time.monotonic() - began
         common = _write_common(machine, folder, state)
+        owner = Owner.current()
         snapshot = Snapshot(
             id=snapshot_id,
             name=name,
@@ -143,7 +148,10 @@ def freeze_live(machine: Machine, *, name: str = "", description: str = "", resu
             pages=pages,
             pause_s=pause_s,
             digests={"state": content_digest(folder / "state"), "delta": content_digest(folder / "delta")},
+            owner_pid=owner.pid,
+            owner_start=owner.start,
             **common,
+            **about,  # type: ignore[arg-type]
         )
         _finish(snapshot, folder)
     log.debug("machine_frozen", machine=machine.name, snapshot=snapshot_id, pages=pages, pause_s=round(pause_s, 3))

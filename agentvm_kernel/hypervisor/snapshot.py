@@ -22,7 +22,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from agentvm_kernel.hypervisor.files import machines_dir, subfolder, write_atomi
 from agentvm_kernel.hypervisor.pages import apply_delta, copy_sparse, data_segments
 from agentvm_kernel.hypervisor.qcow2 import backing_file
 from agentvm_kernel.hypervisor.states import Hardware
+from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.paths import state_dir
 
@@ -63,6 +64,13 @@ class Snapshot:
         pages: pages in its delta; of a template, 0.
         pause_s: how long the machine stood still for it, in seconds.
         digests: SHA-256 by file name; of "memory" see `content_digest`.
+        session: whose history it is part of (see `sandbox.snapshot_store`); empty for a template.
+        after: id of the snapshot that came before it in that history; empty for the first.
+        automatic: made by agentvm itself, as before a cell.
+        exported: kept for good; others end with their session.
+        owner_pid: process whose end is the session's; 0 for none.
+        owner_start: its start time, as in `tags.Owner`.
+        hostname: what the machine called itself; empty where that is not known.
     """
 
     id: str
@@ -78,6 +86,13 @@ class Snapshot:
     pages: int
     pause_s: float
     digests: dict[str, str] = field(default_factory=dict)
+    session: str = ""
+    after: str = ""
+    automatic: bool = False
+    exported: bool = False
+    owner_pid: int = 0
+    owner_start: int = 0
+    hostname: str = ""
 
     @property
     def folder(self) -> Path:
@@ -119,9 +134,15 @@ class Snapshot:
         """Whether it is a cold boot's."""
         return not self.parent
 
+    @property
+    def owner(self) -> Owner:
+        """The process whose session it is of."""
+        return Owner(self.owner_pid, self.owner_start)
+
     def size(self) -> int:
-        """Return the bytes that its files take on disk, without the disk layer."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        """Return the bytes on disk that it needs of its own; a memory file that can be rebuilt does not count."""
+        files = [self.state, self.disk, self.delta if self.delta.exists() else self.memory]
+        return sum(path.stat().st_blocks * 512 for path in files if path.exists())
 
     def to_json(self) -> bytes:
         """Return what snapshot.json holds."""
@@ -137,14 +158,21 @@ class Snapshot:
         try:
             values = json.loads(data)
             values["hardware"] = Hardware(**values["hardware"])
-            snapshot = cls(**{entry.name: values[entry.name] for entry in fields(cls)})
-            if not all(
-                SNAPSHOT_ID.fullmatch(text) for text in (snapshot.id, snapshot.layer, snapshot.parent or snapshot.id)
-            ):
+            # What earlier versions did not write has its default.
+            snapshot = cls(**{entry.name: values[entry.name] for entry in fields(cls) if _required(entry, values)})
+            ids = (snapshot.id, snapshot.layer, snapshot.parent or snapshot.id, snapshot.after or snapshot.id)
+            if not all(SNAPSHOT_ID.fullmatch(text) for text in ids):
                 raise ValueError("an id is malformed")
+            for entry in fields(cls):
+                if entry.type in (str, int, bool) and type(getattr(snapshot, entry.name)) is not entry.type:
+                    raise ValueError(f"{entry.name} is of a wrong kind")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a snapshot's metadata: {error}") from error
         return snapshot
+
+
+def _required(entry: "Field[Any]", values: dict[str, Any]) -> bool:
+    return entry.name in values or (entry.default is MISSING and entry.default_factory is MISSING)
 
 
 def snapshots_dir() -> Path:
@@ -372,6 +400,18 @@ def being_made(snapshot_id: str) -> Iterator[Path]:
         raise
 
 
+def update(snapshot: Snapshot, **changes: Any) -> Snapshot:
+    """Change metadata of a snapshot and return it as it is now.
+
+    Raises:
+        SnapshotError: it is gone.
+    """
+    with _locked(snapshots_dir() / ".lock"):
+        new = replace(load(snapshot.id), **changes)
+        write_atomically(new.folder / "snapshot.json", new.to_json())
+    return new
+
+
 def children(snapshot_id: str) -> list[Snapshot]:
     """Return the snapshots whose parent this is."""
     return [snapshot for snapshot in list_all() if snapshot.parent == snapshot_id]
@@ -383,15 +423,17 @@ def delete(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
     Raises:
         SnapshotError: a machine that was thawed from it still exists.
     """
-    users = [record["name"] for record in _machine_records() if record.get("template") == snapshot.id]
-    if users:
+    if users := machines_of(snapshot):
         raise SnapshotError(
-            f"Snapshot {snapshot.name or snapshot.id} is in use by {', '.join(sorted(users))}.",
+            f"Snapshot {snapshot.name or snapshot.id} is in use by {', '.join(users)}.",
             hint="Destroy that machine first.",
         )
     with _locked(snapshots_dir() / ".lock"):
         for child in children(snapshot.id):
             _detach(hypervisor, child, snapshot.parent)
+        for later in list_all():
+            if later.after == snapshot.id:
+                write_atomically(later.folder / "snapshot.json", replace(later, after=snapshot.after).to_json())
         doomed = snapshots_dir() / f"{PARTIAL}deleted-{snapshot.id}"
         snapshot.folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -429,6 +471,11 @@ def collect_garbage() -> list[str]:
                 layer.unlink(missing_ok=True)
                 removed.append(layer.name)
     return removed
+
+
+def machines_of(snapshot: Snapshot) -> list[str]:
+    """Return the names of the machines that were thawed from a snapshot and still exist."""
+    return sorted(record["name"] for record in _machine_records() if record.get("template") == snapshot.id)
 
 
 def _machine_records() -> Iterator[dict[str, Any]]:

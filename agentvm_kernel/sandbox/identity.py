@@ -16,13 +16,16 @@ from agentvm_kernel.transport.connection import GuestConnection
 RENEW_TIMEOUT_S = 20.0
 
 
-async def renew_identity(connection: GuestConnection, machine: Machine, *, reseed: bool) -> dict[str, Any]:
+async def renew_identity(
+    connection: GuestConnection, machine: Machine, *, reseed: bool, hostname: str = ""
+) -> dict[str, Any]:
     """Give the machine an identity of its own and wait until it has confirmed every part of it.
 
     Args:
         connection: authenticated with the machine's current secret.
         machine: whose secret is replaced by a new one.
         reseed: also reseed `random` and `numpy.random` in the kernel process (not for a user's own restored machine).
+        hostname: what the machine shall call itself; empty takes its name.
 
     Raises:
         MachineLost: the machine did not confirm; it must not be handed out (HAZARDS 1-4, 6).
@@ -31,7 +34,7 @@ async def renew_identity(connection: GuestConnection, machine: Machine, *, resee
     wanted = {
         "entropy": base64.b64encode(os.urandom(256)).decode(),
         "time_ns": time.time_ns(),
-        "hostname": machine.name,
+        "hostname": hostname or machine.name,
         "machine_id": uuid.uuid4().hex,
         "secret": base64.b64encode(secret).decode(),
         "reseed": reseed,

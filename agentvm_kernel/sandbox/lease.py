@@ -125,13 +125,16 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
     return lease
 
 
-async def from_snapshot(hypervisor: Hypervisor, snapshot: Snapshot, *, reseed: bool = True) -> Lease:
+async def from_snapshot(
+    hypervisor: Hypervisor, snapshot: Snapshot, *, reseed: bool = True, hostname: str = ""
+) -> Lease:
     """Lease a machine thawed from a snapshot, its identity renewed.
 
     Args:
         hypervisor: where.
         snapshot: what to thaw.
         reseed: it is a clone; False for a user's own restored machine, whose random numbers go on as they were.
+        hostname: of a restored machine, what it was; empty takes the new machine's name.
 
     Raises:
         AgentVMError: it cannot be thawed or does not confirm its identity.
@@ -139,7 +142,7 @@ async def from_snapshot(hypervisor: Hypervisor, snapshot: Snapshot, *, reseed: b
     machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot)
     connection = await _connect(machine)
     try:
-        await renew_identity(connection, machine, reseed=reseed)
+        await renew_identity(connection, machine, reseed=reseed, hostname=hostname)
     except BaseException:
         await connection.close()
         await asyncio.to_thread(machine.release)
