@@ -267,6 +267,10 @@ class Hypervisor:
         _start_event_loop()
         with self.errors("connecting"):
             connection = libvirt.open(self.uri)
+            if (kind := connection.getType()) != "QEMU":
+                raise HostError(
+                    f"libvirt at {self.uri} manages {kind} and not QEMU.", hint=f"{VARIABLE} names another URI."
+                )
             connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
             try:
                 connection.registerCloseCallback(self._on_close, None)
