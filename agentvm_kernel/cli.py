@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from agentvm_kernel import __version__
-from agentvm_kernel.commands import doctor, image, install, pool, run, version
+from agentvm_kernel.commands import destroy, doctor, image, install, logs, pool, run, status, version
+from agentvm_kernel.commands import list as list_command
 from agentvm_kernel.errors import AgentVMError
 
 EXIT_ERROR = 1
@@ -30,7 +31,18 @@ class Command(Protocol):
         """Run the command and return the exit code."""
 
 
-COMMANDS: tuple[Command, ...] = (run, install, image, pool, doctor, version)
+COMMANDS: tuple[Command, ...] = (
+    run,
+    install,
+    list_command,
+    status,
+    logs,
+    destroy,
+    image,
+    pool,
+    doctor,
+    version,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import libvirt
 
 from agentvm_kernel.errors import IllegalTransition, LibvirtError, MachineLost, MachineTimeout, UnknownMachineError
-from agentvm_kernel.hypervisor import accelerator
+from agentvm_kernel.hypervisor import accelerator, console
 from agentvm_kernel.hypervisor.connection import RESYNC, Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles, give, read_untrusted, write_private
 from agentvm_kernel.hypervisor.states import STOPPED_REASONS, TRANSITIONS, Hardware, MachineState
@@ -361,15 +361,8 @@ class Machine:
         }
 
     def console_tail(self, lines: int = 20) -> str:
-        """Return the last lines of its console, without control characters: the guest may write anything there."""
-        try:
-            with open(self.files.serial_log, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
-                text = file.read(65536).decode(errors="replace")
-        except FileNotFoundError:
-            return ""
-        clean = "".join(character for character in text if character in "\n\t" or character.isprintable())
-        return "\n".join(clean.splitlines()[-lines:])
+        """Return the last lines of its console, without control characters."""
+        return console.tail(self.files.serial_log, lines)
 
     def _require(self, done: str, *states: MachineState) -> None:
         if self._state not in states:

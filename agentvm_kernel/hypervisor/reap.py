@@ -85,13 +85,15 @@ def _orphaned(tags: Tags) -> bool:
 
 
 def remove_machine(hypervisor: Hypervisor, name: str) -> None:
-    """Destroy the machine `name` and delete its files, whoever owns it.
+    """Destroy the machine `name` and delete its files, whoever owns it. A domain of this name that is not ours is left alone.
 
     Raises:
         LibvirtError: libvirt cannot be reached or refuses; a later `reap` tries again.
     """
     with contextlib.suppress(UnknownMachineError):
-        _destroy(hypervisor, hypervisor.domain(name))
+        domain = hypervisor.domain(name)
+        if read_tags(domain) is not None:
+            _destroy(hypervisor, domain)
     MachineFiles.of(name).remove()
 
 
