@@ -122,5 +122,9 @@ class GuestError(AgentVMError):
         self.data = data
 
 
+class ExecutionError(AgentVMError):
+    """Code that was run in a sandbox failed."""
+
+
 class NotebookError(AgentVMError):
     """A notebook cannot be read, run or written."""

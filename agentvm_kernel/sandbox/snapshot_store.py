@@ -103,6 +103,13 @@ def adopt(session: str) -> None:
             (snapshot.folder / "orphaned").unlink(missing_ok=True)
 
 
+def end_session(hypervisor: Hypervisor, session: str) -> None:
+    """Delete a session's snapshots, but the exported ones."""
+    for snapshot in reversed(files.list_all()):
+        if snapshot.session == session and not snapshot.exported:
+            remove(hypervisor, snapshot)
+
+
 def collect(hypervisor: Hypervisor) -> list[str]:
     """Delete the snapshots of sessions that ended, and nameless ones that nothing rests on; return their ids. Exported ones stay."""
     removed = []

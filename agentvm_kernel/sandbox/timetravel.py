@@ -190,6 +190,13 @@ class TimeTravel:
             snapshot = await asyncio.to_thread(snapshot_store.find, name, self.session)
             return await asyncio.to_thread(snapshot_store.export, snapshot)
 
+    async def end(self) -> None:
+        """Delete all snapshots of the session that were not exported, once background work is done; its machines are given back."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+        async with self._lock:
+            hypervisor = self._libvirt(None)
+            await asyncio.to_thread(snapshot_store.end_session, hypervisor, self.session)
+
     def names(self) -> list[str]:
         """Return the names of all snapshots that can be restored, oldest first."""
         return [one.name for one in snapshot_store.visible(self.session)]
