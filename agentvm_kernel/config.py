@@ -15,13 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentvm_kernel.errors import ConfigError
 from agentvm_kernel.paths import OWNER_CONFIG, user_config
-from agentvm_kernel.sandbox.settings import SandboxSettings
+from agentvm_kernel.sandbox.settings import IdlePolicy, SandboxSettings
 
 ENVIRONMENT = {
     "AGENTVM_URI": "uri",
     "AGENTVM_IMAGE": "image",
     "AGENTVM_PROFILE": "profile",
     "AGENTVM_BOOT_TIMEOUT": "boot_timeout_s",
+    "AGENTVM_IDLE_PAUSE": "idle_pause_s",
+    "AGENTVM_IDLE_CULL": "idle_cull_s",
 }
 
 ProfileName = Literal["light", "standard", "intensive"]
@@ -64,6 +66,12 @@ class Config(BaseModel):
     acquire_timeout_s: float = Field(
         default=60.0, ge=0, le=3600, description="Seconds to wait for a machine where the pool's maximum is reached."
     )
+    idle_pause_s: float = Field(
+        default=1800.0, ge=0, description="Seconds after which a machine that nobody uses is paused; 0 never."
+    )
+    idle_cull_s: float = Field(
+        default=0.0, ge=0, description="Seconds after which a paused machine is given back; 0 never."
+    )
     limits: Limits = Limits()
 
     def sandbox_settings(self) -> SandboxSettings:
@@ -79,6 +87,7 @@ class Config(BaseModel):
             uri=self.uri,
             boot_timeout_s=self.boot_timeout_s,
             acquire_timeout_s=self.acquire_timeout_s,
+            idle=IdlePolicy(pause_s=self.idle_pause_s, cull_s=self.idle_cull_s),
         )
 
     def check_profile(self, name: str) -> None:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from agentvm_kernel.sandbox.settings import IdlePolicy
 from agentvm_kernel.transport.connection import GuestConnection
 
 OnProgress = Callable[[str], None]
@@ -26,6 +27,16 @@ class Lease(Protocol):
     @property
     def description(self) -> str:
         """One line for people: which machine this is."""
+
+    @property
+    def idle(self) -> IdlePolicy:
+        """What becomes of it while nobody uses it."""
+
+    async def pause(self) -> None:
+        """Stop its CPUs; it keeps its state. Raises AgentVMError."""
+
+    async def resume(self) -> None:
+        """Let it go on after `pause`, its clock set. Raises AgentVMError."""
 
     async def release(self) -> None:
         """Give the machine back without waiting for its end."""

@@ -14,8 +14,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from agentvm_kernel.errors import AgentVMError, BootError
+from agentvm_kernel.errors import AgentVMError, BootError, MachineError
 from agentvm_kernel.jupyter.backend import OnProgress
+from agentvm_kernel.sandbox.settings import IdlePolicy
 from agentvm_kernel.transport.address import UnixAddress
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
@@ -44,6 +45,18 @@ class LocalLease:
     def _on_closed(self, closed: "asyncio.Future[str]") -> None:
         if not self.lost.done():
             self.lost.set_result(f"the connection to the local runtime ended: {closed.result()}")
+
+    @property
+    def idle(self) -> IdlePolicy:
+        """It is never paused."""
+        return IdlePolicy()
+
+    async def pause(self) -> None:
+        """Refuse: only machines can be paused."""
+        raise MachineError("A local process is not paused.")
+
+    async def resume(self) -> None:
+        """Do nothing, since it was never paused."""
 
     async def release(self) -> None:
         """End the runtime and its kernel."""

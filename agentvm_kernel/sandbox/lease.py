@@ -22,7 +22,7 @@ from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox import pool, templates
 from agentvm_kernel.sandbox.identity import renew_identity, wake
-from agentvm_kernel.sandbox.settings import SandboxSettings
+from agentvm_kernel.sandbox.settings import IdlePolicy, SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
 log = get_logger(__name__)
@@ -44,11 +44,13 @@ class Lease:
     Attributes:
         machine: the libvirt domain behind it.
         connection: the authenticated connection; replaced by nothing, a lost machine is a lost lease.
+        idle: what becomes of it while nobody uses it.
         lost: resolves with a sentence saying what happened, when the machine or the connection to it is gone.
     """
 
     def __init__(self, hypervisor: Hypervisor, machine: Machine, connection: GuestConnection) -> None:
         self.machine = machine
+        self.idle = IdlePolicy()
         self.connection = connection
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._hypervisor = hypervisor
@@ -87,6 +89,23 @@ class Lease:
         if not self.lost.done():
             self.lost.set_result(stopped or f"the connection to machine {self.machine.name} ended: {reason}")
 
+    async def pause(self) -> None:
+        """Stop its CPUs; it keeps its state and its connection.
+
+        Raises:
+            AgentVMError: it does not run.
+        """
+        await asyncio.to_thread(self.machine.pause)
+
+    async def resume(self) -> None:
+        """Let it go on after `pause`, with the right time.
+
+        Raises:
+            AgentVMError: it is gone, or did not confirm its clock.
+        """
+        await asyncio.to_thread(self.machine.resume)
+        await wake(self.connection, self.machine)
+
     async def release(self) -> None:
         """Give the machine back: it is destroyed by a detached process, nobody waits for that."""
         if self._released:
@@ -122,6 +141,7 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
         say("Thawing a machine")
         lease = await from_snapshot(hypervisor, template)
         asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
+    lease.idle = settings.idle
     return lease
 
 

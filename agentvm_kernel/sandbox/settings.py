@@ -8,6 +8,19 @@ from agentvm_kernel.paths import OWNER_CONFIG, user_config
 
 
 @dataclass(frozen=True)
+class IdlePolicy:
+    """What becomes of a machine that nobody uses.
+
+    Attributes:
+        pause_s: seconds without a request after which it is paused; 0 never.
+        cull_s: seconds after that in which it is given back; 0 never.
+    """
+
+    pause_s: float = 0.0
+    cull_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class SandboxSettings:
     """Settings of one sandbox.
 
@@ -17,6 +30,7 @@ class SandboxSettings:
         uri: libvirt URI; None chooses by user (see `hypervisor.connection`).
         boot_timeout_s: seconds within which a machine must answer.
         acquire_timeout_s: seconds to wait for a machine where the pool's maximum is reached.
+        idle: what becomes of a machine that nobody uses.
     """
 
     profile: str = "standard"
@@ -24,6 +38,7 @@ class SandboxSettings:
     uri: str | None = None
     boot_timeout_s: float = 300.0
     acquire_timeout_s: float = 60.0
+    idle: IdlePolicy = IdlePolicy(pause_s=1800.0)
 
 
 def load_settings(**overrides: Any) -> SandboxSettings:
@@ -39,6 +54,8 @@ def load_settings(**overrides: Any) -> SandboxSettings:
         "AGENTVM_IMAGE",
         "AGENTVM_PROFILE",
         "AGENTVM_BOOT_TIMEOUT",
+        "AGENTVM_IDLE_PAUSE",
+        "AGENTVM_IDLE_CULL",
         "AGENTVM_CONFIG",
     )
     if OWNER_CONFIG.exists() or user_config().exists() or any(name in os.environ for name in variables):

@@ -200,3 +200,50 @@ def test_no_qemu_gives_one_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "libvirt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_idle_machine_is_paused_and_wakes_for_the_next_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTVM_IDLE_PAUSE", "0.5")
+    with notebook() as nb:
+        nb.run("import time\nmine = 7", timeout_s=BOOT_S)
+        qemu, _ = nb.machine()
+        process = psutil.Process(qemu)
+
+        def still() -> bool:
+            before = process.cpu_times()
+            time.sleep(0.5)
+            return process.cpu_times() == before
+
+        wait_until(still)
+        time.sleep(2)
+        began = time.time()
+        _, shown = nb.run("print(mine, time.time())")
+        value, clock = shown.split()
+        assert value == "7"
+        assert began - 0.5 < float(clock) < time.time() + 0.5
+        wait_until(still)
+        nb.manager.interrupt_kernel()
+        assert nb.run("mine + 1")[1] == "8"
+
+
+def test_a_machine_at_work_in_the_background_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTVM_IDLE_PAUSE", "0.5")
+    with notebook() as nb:
+        nb.run("import subprocess\nwork = subprocess.Popen(['sh', '-c', 'while :; do :; done'])", timeout_s=BOOT_S)
+        qemu, _ = nb.machine()
+        nb.run("import os, time\nwhile os.getloadavg()[0] < 0.5: time.sleep(0.5)")
+        before = sum(psutil.Process(qemu).cpu_times()[:2])
+        time.sleep(4)
+        assert sum(psutil.Process(qemu).cpu_times()[:2]) - before > 1
+
+
+def test_a_machine_idle_for_too_long_is_given_back_and_the_next_cell_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTVM_IDLE_PAUSE", "0.3")
+    monkeypatch.setenv("AGENTVM_IDLE_CULL", "0.5")
+    with notebook() as nb:
+        nb.run("mine = 7", timeout_s=BOOT_S)
+        _, folder = nb.machine()
+        wait_until(lambda: not folder.exists())
+        _, shown = nb.run("print('mine' in globals())", timeout_s=BOOT_S)
+        assert "idle for long" in shown
+        assert shown.rstrip().endswith("False")

@@ -181,7 +181,7 @@ def test_a_second_keeper_says_that_there_is_one(home, keeper):
 
 def test_broken_old_and_surplus_machines_are_replaced(home, keeper):
     keeper()
-    broken, old = fill(2)
+    broken, _ = fill(2)
     qemu(broken).send_signal(signal.SIGKILL)
 
     async def claim() -> None:

@@ -197,7 +197,7 @@ def test_a_cell_that_takes_too_long(run):
 
 
 def test_a_kernel_that_dies(run):
-    run.write("print('first')", "import os\nprint('bye', flush=True)\nos._exit(3)", "3")
+    run.write("print('first')", "import os, time\nprint('bye', flush=True)\ntime.sleep(0.5)\nos._exit(3)", "3")
     assert run() == 1
     first, second, third = run.outputs()
     assert (first, third) == ("first\n", "")
@@ -217,7 +217,7 @@ def test_a_signal_ends_the_run_and_keeps_what_there_is(run, waiting, number, cod
     assert second.startswith("begun\n")
     assert "KeyboardInterrupt" in second
     assert "in cell 2 of 3" in run.stderr
-    gone, alive = psutil.wait_procs(kernels, timeout=20)
+    _, alive = psutil.wait_procs(kernels, timeout=20)
     assert not alive
 
 
