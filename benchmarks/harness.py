@@ -1,40 +1,29 @@
-"""Takes figures and keeps them honest: alternating runs, medians, spread, the machine named; table, JSON, HTML page, comparison.
+"""Figures and how they are kept honest: turns, medians, spread, the machine named, comparison with a baseline.
 
-A figure is one number with a goal. Ratios are taken against a yardstick measured in the same run, turn by turn, so that whatever else
-the machine does hits both. `benchmarks/baseline.json` keeps ratios to compare with, never absolute times.
+A ratio is taken against a yardstick measured in the same run, turn by turn, so that whatever else the machine does hits both.
+`baseline.json` keeps what means something on another machine too: ratios and the like, never times. Knows nothing of what is measured.
 """
 
-import html
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-HERE = Path(__file__).parent
-LATEST = HERE / "latest.json"
-BASELINE = HERE / "baseline.json"
-REPORT = HERE / "report.html"
+from benchmarks.goals import GOALS, Goal
 
-
-@dataclass(frozen=True)
-class Goal:
-    """What a figure should reach: at most or at least a limit."""
-
-    limit: float
-    at_most: bool = True
-
-    def reached(self, value: float) -> bool:
-        """Whether `value` is good enough."""
-        return value <= self.limit if self.at_most else value >= self.limit
-
-    def __str__(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.limit:g}"
+FIRST_ALLOWANCE = 0.05
+"""A change this small is never called worse."""
+QUIET_SHARE = 0.25
+"""The machine counts as quiet while others use less of it."""
 
 
 @dataclass
@@ -42,10 +31,10 @@ class Figure:
     """One measured figure.
 
     Attributes:
-        value: the median of `runs`, or what was computed from two medians.
+        value: the figure: a median, or a ratio of two medians.
         unit: of the value.
         runs: every single result, in the order in which they were taken.
-        detail: what the value was made of, for people.
+        detail: what it is made of, for people.
     """
 
     value: float
@@ -55,162 +44,231 @@ class Figure:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles of the runs, as a share of their median."""
-        if len(self.runs) < 4:
-            low, high = min(self.runs, default=0.0), max(self.runs, default=0.0)
-        else:
-            low, _, high = statistics.quantiles(self.runs, n=4)
-        middle = statistics.median(self.runs) if self.runs else 0.0
-        return (high - low) / 2 / middle if middle else 0.0
+        """Half the distance between the quartiles of the runs, as a share of the value; 0 where the value is 0."""
+        if len(self.runs) < 2 or not self.value:
+            return 0.0
+        low, _, high = statistics.quantiles(self.runs, n=4, method="inclusive")
+        return (high - low) / 2 / abs(self.value)
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Return how many seconds `action` takes."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
+@dataclass
+class Table:
+    """A figure that depends on something: one row a case."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[float]]
 
 
-def ratio(ours: Callable[[], float], yardstick: Callable[[], float], *, runs: int, warm_up: int = 1) -> Figure:
-    """Measure two things by turns and return ours over the yardstick's.
+@dataclass
+class Results:
+    """What a run found.
+
+    Attributes:
+        figures: by key.
+        failures: why a figure could not be taken, by key.
+        tables: by key.
+        machine: what they were taken on.
+    """
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+def median_of(runs: Sequence[float], unit: str, detail: str = "") -> Figure:
+    """Return the median of some runs as a figure."""
+    return Figure(statistics.median(runs), unit, list(runs), detail)
+
+
+def ratio_of(ours: Sequence[float], yardstick: Sequence[float], unit: str, scale: float = 1.0) -> Figure:
+    """Return the median of ours over the yardstick's.
 
     Args:
-        ours: does the thing once and returns its measure.
-        yardstick: the same for what it is compared with.
-        runs: how many counted turns.
-        warm_up: turns before that, not counted.
+        ours: what was measured, by turns.
+        yardstick: what it is compared with, measured in the same turns.
+        unit: of both, for people.
+        scale: from what was measured to that unit.
     """
-    pairs = [(ours(), yardstick()) for _ in range(warm_up + runs)][warm_up:]
-    mine = statistics.median(pair[0] for pair in pairs)
-    theirs = statistics.median(pair[1] for pair in pairs)
-    return Figure(mine / theirs, "ratio", [a / b for a, b in pairs], f"{mine:.4g} against {theirs:.4g}")
+    mine, theirs = statistics.median(ours), statistics.median(yardstick)
+    runs = [a / b for a, b in zip(ours, yardstick, strict=True)]
+    return Figure(mine / theirs, "ratio", runs, f"{mine * scale:.3g} {unit} against {theirs * scale:.3g} {unit}")
 
 
-def single(measure: Callable[[], float], unit: str, *, runs: int, warm_up: int = 1, detail: str = "") -> Figure:
-    """Measure one thing and return the median."""
-    values = [measure() for _ in range(warm_up + runs)][warm_up:]
-    return Figure(statistics.median(values), unit, values, detail)
+class Plan:
+    """How much is measured, and within what time.
+
+    Args:
+        quick: few turns, to try things out.
+    """
+
+    def __init__(self, *, quick: bool = False) -> None:
+        self.quick = quick
+
+    def turns(self, wanted: int, budget_s: float, *, least: int = 3) -> Iterator[int]:
+        """Yield the numbers of the turns to take: as many as wanted, fewer where they take longer than their budget.
+
+        Args:
+            wanted: how many turns are good to have.
+            budget_s: no turn begins after so many seconds, once there are `least`.
+            least: so many are taken anyway.
+        """
+        if self.quick:
+            wanted, budget_s = max(least, wanted // 4), budget_s / 3
+        began = time.monotonic()
+        for number in range(wanted):
+            if number >= least and time.monotonic() - began > budget_s:
+                return
+            yield number
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer. Main thread only."""
+
+    def on_alarm(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    """Wait for something that another process does and nobody announces.
+
+    Raises:
+        TimeoutError: it does not happen.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
+        time.sleep(0.05)
+
+
+def wait_quiet(timeout_s: float = 5.0) -> bool:
+    """Wait until this machine has little to do; False when it always has."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        before, began = _busy_s(), time.monotonic()
+        time.sleep(0.2)
+        share = (_busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
+        if share < QUIET_SHARE:
+            return True
+        if time.monotonic() > deadline:
+            return False
+
+
+def _busy_s() -> float:
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:
-    """Name the hardware and software that figures were taken on."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=False).stdout
+    """Name the hardware and software that figures are taken on."""
     from agentvm_kernel.hypervisor import accelerator
 
+    chosen = accelerator.choose()
     return {
-        "cpu": model,
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "qemu": qemu.splitlines()[0] if qemu else "not found",
-        "accelerator": accelerator.choose().kind,
+        "qemu": _first_line("qemu-system-x86_64", "--version"),
+        "libvirt": _first_line("libvirtd", "--version"),
+        "accelerator": chosen.kind,
+        "accelerator_reason": chosen.reason,
+        "load_at_start": round(os.getloadavg()[0], 2),
         "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def save(figures: Mapping[str, Figure], path: Path = LATEST) -> None:
-    """Write figures as JSON."""
-    data = {
-        "figures": {key: {**asdict(figure), "spread": figure.spread} for key, figure in figures.items()},
-        "machine": machine(),
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _first_line(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "not found"
+
+
+# ---- files
+
+
+def to_json(results: Results) -> str:
+    """Return results as JSON."""
+    data = asdict(results)
+    for key, figure in results.figures.items():
+        data["figures"][key]["spread"] = round(figure.spread, 4)
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Results:
+    """Return what `to_json` wrote."""
+    data = json.loads(text)
+    for figure in data["figures"].values():
+        figure.pop("spread", None)
+    return Results(
+        figures={key: Figure(**value) for key, value in data["figures"].items()},
+        failures=data.get("failures", {}),
+        tables={key: Table(**value) for key, value in data.get("tables", {}).items()},
+        machine=data.get("machine", {}),
+    )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier figure to compare with: its value, and its spread as a share of it."""
+
+    value: float
+    spread: float
+
+
+def to_baseline(results: Results, goals: Mapping[str, Goal] = GOALS) -> str:
+    """Return, as JSON, what of these results later ones are compared with."""
+    kept = {
+        key: asdict(Baseline(round(figure.value, 4), round(figure.spread, 4)))
+        for key, figure in results.figures.items()
+        if key in goals and goals[key].portable
     }
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    return json.dumps({"figures": kept, "machine": results.machine}, indent=1, ensure_ascii=False) + "\n"
 
 
-def load(path: Path) -> dict[str, Figure]:
-    """Read what `save` wrote."""
-    found = {}
-    for key, data in json.loads(path.read_text())["figures"].items():
-        found[key] = Figure(data["value"], data["unit"], data["runs"], data.get("detail", ""))
-    return found
+def read_baseline(path: Path) -> dict[str, Baseline]:
+    """Return the baseline by key; empty where there is none."""
+    if not path.exists():
+        return {}
+    return {key: Baseline(**value) for key, value in json.loads(path.read_text())["figures"].items()}
 
 
-def worse(figures: Mapping[str, Figure], before: Mapping[str, Figure], goals: Mapping[str, Goal]) -> list[str]:
-    """Name the ratios that got worse than the baseline by more than the spread of both.
-
-    Only ratios and percentages are compared: times of different machines say nothing about each other.
-    """
+def worse(results: Results, before: Mapping[str, Baseline], goals: Mapping[str, Goal] = GOALS) -> list[str]:
+    """Name the figures that got worse than the baseline by more than the spread of both, or that it has and this run has not."""
     lines = []
-    for key, figure in figures.items():
-        old = before.get(key)
-        if old is None or figure.unit not in ("ratio", "%") or key not in goals:
+    for key, old in before.items():
+        if key in results.failures:
+            lines.append(f"{key}: could not be taken ({results.failures[key]}), was {old.value:.3g}")
+        figure, goal = results.figures.get(key), goals.get(key)
+        if figure is None or goal is None:
             continue
-        allowed = max(0.05, figure.spread + old.spread)
+        allowed = max(FIRST_ALLOWANCE, figure.spread + old.spread)
         change = (figure.value - old.value) / old.value if old.value else figure.value
-        if (change if goals[key].at_most else -change) > allowed:
+        if (-change if goal.at_least else change) > allowed and not _within_goal_of_zero(figure, old, goal):
             lines.append(f"{key}: {figure.value:.3g} was {old.value:.3g} ({change:+.0%}, allowed {allowed:.0%})")
     return lines
 
 
-def print_table(figures: Mapping[str, Figure], goals: Mapping[str, Goal]) -> None:
-    """Print what was measured, with what falls short called so."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value", "unit", "spread", "goal", "", "made of")
-    for key, figure in figures.items():
-        goal = goals.get(key)
-        verdict = "" if goal is None else "reached" if goal.reached(figure.value) else "[bold red]falls short[/]"
-        table.add_row(
-            key, f"{figure.value:.3g}", figure.unit, f"±{figure.spread:.0%}", str(goal or ""), verdict, figure.detail
-        )
-    Console(width=150).print(table)
-
-
-def write_report(
-    figures: Mapping[str, Figure], goals: Mapping[str, Goal], before: Mapping[str, Figure], path: Path = REPORT
-) -> None:
-    """Write a page with a chart for every figure: each run a dot, the median, the goal and the baseline as lines."""
-    rows = [_chart(key, figure, goals.get(key), before.get(key)) for key, figure in figures.items()]
-    facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in machine().items())
-    path.write_text(
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>agentvm benchmarks</title>"
-        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}svg{width:100%;height:70px}"
-        ".short{color:#b00020}.ok{color:#1b7f3b}small{color:#666}</style>"
-        f"<h1>agentvm benchmarks</h1><ul>{facts}</ul><p>Dots: single runs. Black: median. Green: goal. Grey: baseline.</p>{''.join(rows)}"
-    )
-
-
-def _chart(key: str, figure: Figure, goal: Goal | None, before: Figure | None) -> str:
-    marks: Sequence[float] = [
-        *figure.runs,
-        figure.value,
-        *([goal.limit] if goal else []),
-        *([before.value] if before else []),
-    ]
-    top = max([*marks, 1e-9]) * 1.1
-
-    def x(value: float) -> str:
-        return f"{10 + 780 * max(0.0, value) / top:.1f}"
-
-    lines = [f"<line x1='{x(figure.value)}' x2='{x(figure.value)}' y1='5' y2='45' stroke='black' stroke-width='3'/>"]
-    if goal:
-        lines.append(
-            f"<line x1='{x(goal.limit)}' x2='{x(goal.limit)}' y1='5' y2='45' stroke='#1b7f3b' stroke-dasharray='4'/>"
-        )
-    if before:
-        lines.append(f"<line x1='{x(before.value)}' x2='{x(before.value)}' y1='5' y2='45' stroke='#999'/>")
-    dots = "".join(f"<circle cx='{x(run)}' cy='25' r='4' fill='#3366cc' fill-opacity='.5'/>" for run in figure.runs)
-    verdict = (
-        ""
-        if goal is None
-        else "<b class='ok'>reached</b>"
-        if goal.reached(figure.value)
-        else "<b class='short'>falls short</b>"
-    )
-    title = f"{html.escape(key)}: {figure.value:.3g} {html.escape(figure.unit)}"
-    return (
-        f"<h3>{title} <small>±{figure.spread:.0%}, goal {goal or 'none'}</small> {verdict}</h3>"
-        "<svg viewBox='0 0 800 60'><line x1='10' x2='790' y1='45' y2='45' stroke='#ccc'/>"
-        f"{dots}{''.join(lines)}<text x='790' y='58' text-anchor='end' font-size='11'>{top:.3g}</text>"
-        f"<text x='10' y='58' font-size='11'>0</text></svg><small>{html.escape(figure.detail)}</small>"
-    )
+def _within_goal_of_zero(figure: Figure, old: Baseline, goal: Goal) -> bool:
+    """Whether both are percentages near zero, whose changes say nothing while the goal is met."""
+    return figure.unit == "%" and goal.met(figure.value) and goal.met(old.value)
