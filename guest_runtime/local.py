@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--preload", nargs="*", default=[], help="modules to import first")
     parser.add_argument("--restart-kernel", action="store_true", help="start ipykernel again when it ends by itself")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Under asyncio a parent thread may be short-lived, which rules PR_SET_PDEATHSIG out.
     parent = os.pidfd_open(os.getppid())
     with tempfile.TemporaryDirectory(prefix="agentvm-k-") as temporary:
@@ -42,6 +41,8 @@ def main() -> None:
                 restarts=arguments.restart_kernel,
             ),
         )
+        # Left to the loop: an exception raised wherever the signal arrives may be swallowed there, as in a finaliser.
+        signal.signal(signal.SIGTERM, lambda *_: agent.call_soon(sys.exit))
         agent.watch(parent, sys.exit)
         if stat.S_ISFIFO(os.fstat(0).st_mode) or stat.S_ISSOCK(os.fstat(0).st_mode):
             agent.watch(0, _on_input)
