@@ -78,7 +78,11 @@ def load_config() -> PoolConfig:
     """
     path = paths.state_dir() / "pool.json"
     try:
-        return PoolConfig(**json.loads(path.read_bytes()))
+        config = PoolConfig(**json.loads(path.read_bytes()))
+        numbers = (config.minimum, config.maximum, config.ttl_s)
+        if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+            raise ValueError("a number is missing or negative")
+        return config
     except FileNotFoundError:
         return PoolConfig()
     except (ValueError, TypeError) as error:
@@ -96,7 +100,11 @@ def configure(**changes: Any) -> PoolConfig:
     """
     from agentvm_kernel.config import load_config as load_settings
 
-    config = replace(load_config(), **changes)
+    try:
+        before = load_config()
+    except ConfigError:
+        before = PoolConfig()  # this is how a damaged file is mended
+    config = replace(before, **changes)
     settings = load_settings()
     settings.check_profile(config.profile)
     limit = settings.limits.max_pool

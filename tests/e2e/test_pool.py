@@ -246,4 +246,7 @@ def test_what_cannot_be_is_refused(home):
     (home / "pool.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
         pool.load_config()
-    (home / "pool.json").unlink()
+    (home / "pool.json").write_text('{"minimum": "x"}')
+    with pytest.raises(ConfigError, match="damaged"):
+        pool.load_config()
+    assert pool.configure(maximum=3) == pool.PoolConfig(maximum=3)
