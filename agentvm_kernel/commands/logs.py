@@ -33,12 +33,13 @@ def execute(options: argparse.Namespace) -> int:
     except OSError as error:
         raise MachineError(f"The console of machine {info.name} cannot be read: {error.strerror}.") from error
     with reader:
-        _print_new(reader)
-        if options.follow:
-            try:
-                _follow(info, reader)
-            except KeyboardInterrupt:
-                print()
+        if not options.follow:
+            _print_new(reader)
+            return 0
+        try:
+            _follow(info, reader)
+        except KeyboardInterrupt:
+            print()
     return 0
 
 
@@ -53,8 +54,9 @@ def _follow(info: "MachineInfo", reader: "Reader") -> None:
         try:
             machine = Machine.attach(hypervisor, info.name)
         except UnknownMachineError:
-            ended = f"machine {info.name} is {info.state}"
+            ended = f"machine {info.name} has ended"
         else:
+            _print_new(reader)
             while not (ended := machine.wait_stopped_reason(LOOK_S)):
                 _print_new(reader)
     _print_new(reader)

@@ -29,6 +29,8 @@ GONE = "gone"
 """State of a machine whose QEMU has ended while its files are still here; `reap` removes it once its owner is gone too."""
 UNKNOWN = "unknown"
 """State of a machine whose libvirt does not answer."""
+START_S = 10.0
+"""A machine without QEMU whose folder is younger may be one that is being made."""
 
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: MachineState.RUNNING,
@@ -174,8 +176,12 @@ def _of_libvirt(hypervisor: Hypervisor, records: dict[str, dict[str, Any]]) -> I
 
 def _being_made(files: MachineFiles) -> bool:
     """Whether its QEMU has yet to be started."""
-    owner = files.owner()
-    return not files.pid_file.exists() and (owner is None or owner.alive())
+    try:
+        return not files.record.exists() or (
+            time.time() - files.record.stat().st_mtime < START_S and files.serial_log.stat().st_size == 0
+        )
+    except FileNotFoundError:
+        return True
 
 
 def _describe(
