@@ -1,7 +1,7 @@
 """Many machines at once: `python -m benchmarks.many [--clones 10] [--paused 50]`.
 
-Clones are thawed from the template, as many at once as there are CPUs; each runs a cell. Then more are made, each paused once it has run one,
-until `--paused` stand side by side; every one has to answer when it is resumed. Nothing may be left at the end.
+Clones are thawed from the template, as many at once as there are CPUs; each runs a cell. Then more are made, each paused once it
+has run one, until `--paused` stand side by side; every one has to answer when it is resumed. Nothing may be left at the end.
 """
 
 import argparse
