@@ -21,6 +21,7 @@ from typing import Any
 
 STREAM_BLOCK = 1024 * 1024
 """A cell that prints waits for its reader every so many characters."""
+HOST_MAGICS = ("snapshot", "restore", "undo", "fork", "vm", "pool")
 PUBLISHED_AHEAD = 32
 """So many published messages may wait for the agent; at ZeroMQ's default of 1000, those of a flood take gigabytes."""
 
@@ -85,6 +86,29 @@ def _make_output_wait(app: Any) -> None:
     OutStream.write = write  # type: ignore[method-assign]
 
 
+def _explain_host_magics(shell: Any) -> None:
+    """Define magics of the names that the host takes out of cells: where one arrives here it was written where the host cannot run it.
+
+    One that the host has run arrives marked as done, to be counted and kept in the history.
+    """
+    from IPython.core.error import UsageError
+
+    def define(name: str) -> None:
+        def magic(line: str, cell: str | None = None) -> None:
+            metadata = shell.kernel.get_parent().get("metadata")
+            if not isinstance(metadata, dict) or metadata.get("agentvm") != "done":
+                raise UsageError(
+                    f"%{name} is about the whole machine: write it with its percent sign on a line of its own at the top level of a cell,"
+                    " not in a function, a loop, an assignment or another magic."
+                )
+
+        magic.__doc__ = f"About the whole machine; `%{name}?` in a cell tells more."
+        shell.register_magic_function(magic, "line_cell", name)
+
+    for name in HOST_MAGICS:
+        define(name)
+
+
 def main() -> None:
     """Start ipykernel and stay in its loop until it ends."""
     agent = socket.socket(fileno=int(sys.argv[1]))
@@ -111,6 +135,7 @@ def main() -> None:
     app = IPKernelApp.instance(parent_handle=1)
     app.initialize(["-f", connection_file])  # type: ignore[no-untyped-call]
     _make_output_wait(app)
+    _explain_host_magics(app.shell)
     # What is imported now stays: the collector need not touch it, so machines that share these pages go on sharing them.
     gc.collect()
     gc.freeze()

@@ -14,16 +14,22 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentvm_kernel.errors import AgentVMError, MachineError, MachineLost
 from agentvm_kernel.jupyter import connection_file
 from agentvm_kernel.jupyter.backend import Backend, Lease
+from agentvm_kernel.jupyter.idle import IdleWatch
 from agentvm_kernel.jupyter.proxy import Proxy
+from agentvm_kernel.jupyter.requests import Request
 from agentvm_kernel.jupyter.sockets import ClientSockets
 from agentvm_kernel.jupyter.wire import Session
 from agentvm_kernel.log import get_logger
+
+if TYPE_CHECKING:
+    from agentvm_kernel.jupyter.magics.engine import HostCells
 
 log = get_logger(__name__)
 
@@ -67,9 +73,10 @@ class KernelApp:
         sockets: bound to what the connection file says.
         session: signs with the connection file's key.
         backend: where machines come from.
+        session_name: names the history of this notebook; a kernel that is restarted has the same.
     """
 
-    def __init__(self, sockets: ClientSockets, session: Session, backend: Backend) -> None:
+    def __init__(self, sockets: ClientSockets, session: Session, backend: Backend, session_name: str = "") -> None:
         self._sockets = sockets
         self._backend = backend
         self._proxy = Proxy(session, sockets, self)
@@ -78,6 +85,9 @@ class KernelApp:
         self._tasks: set[asyncio.Task[None]] = set()
         self._lease: Lease | None = None
         self._acquiring: asyncio.Task[None] | None = None
+        self._idle: IdleWatch | None = None
+        self._cells: HostCells | None = None
+        self._session_name = session_name
         self._stage = ""
         self._slow = False
 
@@ -100,7 +110,7 @@ class KernelApp:
         for task in self._tasks:
             task.cancel()
         if self._lease is not None:
-            self._spawn(self._lease.release())
+            self._give_back(self._lease)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=RELEASE_TIMEOUT_S)
         return code
@@ -111,6 +121,8 @@ class KernelApp:
         """Lease a machine unless that is already under way."""
         if self._acquiring is None and self._lease is None:
             self._acquiring = self._spawn(self._acquire())
+        if self._idle is not None:
+            self._idle.wake()
         self._show_stage()
 
     def interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
@@ -125,6 +137,42 @@ class KernelApp:
         """Call something after a while."""
         self._loop.call_later(delay_s, callback)
 
+    def plan_cell(self, code: str) -> object:
+        """Return the parts of a cell that holds host magics, None when the guest runs all of it."""
+        return self._host_cells().plan(code)
+
+    def run_cell(self, request: Request) -> None:
+        """Run a cell as planned."""
+        self._spawn(self._host_cells().run(request))
+
+    def interrupt_cell(self) -> None:
+        """Interrupt what the host does for a cell."""
+        self._host_cells().interrupt()
+
+    def _host_cells(self) -> "HostCells":
+        # Few notebooks need it, and it imports a lot.
+        if self._cells is None:
+            from agentvm_kernel.jupyter.magics.engine import HostCells
+            from agentvm_kernel.jupyter.magics.notebook import Notebook
+
+            self._cells = HostCells(self._proxy, Notebook(self, self._backend, self._session_name))
+        return self._cells
+
+    # ---- what magics ask for
+
+    @property
+    def lease(self) -> Lease | None:
+        """The machine in use."""
+        return self._lease
+
+    def use(self, lease: Lease) -> None:
+        """Go on with another machine, in which everything is as the user wants it; the present one is given back."""
+        before = self._lease
+        if before is not None:
+            self._give_back(before)
+        self._adopt(lease)
+        self._proxy.switch(lease.connection)
+
     # ---- the machine
 
     async def _acquire(self) -> None:
@@ -137,14 +185,24 @@ class KernelApp:
             log.error("no machine", exc_info=True)
             self._proxy.detach(MachineError(f"No machine could be had: {type(error).__name__}: {error}"))
         else:
-            self._lease = lease
-            lease.lost.add_done_callback(lambda lost: self._on_lost(lease, lost.result()))
-            lease.connection.on_notification = self._on_notification
+            if self._lease is not None:
+                # A magic has put another one into its place meanwhile.
+                await lease.release()
+                return
+            self._adopt(lease)
             self._proxy.attach(lease.connection)
         finally:
             slow_start.cancel()
             self._slow = False
             self._acquiring = None
+
+    def _adopt(self, lease: Lease) -> None:
+        self._lease = lease
+        self._idle = IdleWatch(
+            lease, self._proxy, on_cull=partial(self._on_culled, lease), on_failure=partial(self._on_not_woken, lease)
+        )
+        lease.lost.add_done_callback(lambda lost: self._on_lost(lease, lost.result()))
+        lease.connection.on_notification = self._on_notification
 
     def _on_progress(self, text: str) -> None:
         # Machines are made in threads, and it is those that report.
@@ -165,14 +223,35 @@ class KernelApp:
     def _on_lost(self, lease: Lease, reason: str) -> None:
         if self._lease is not lease or self._exit.done():
             return
-        self._lease = None
-        self._spawn(lease.release())
+        self._give_back(lease)
         self._proxy.detach(
             MachineLost(
                 f"The machine is gone: {reason}.", hint="Its variables are lost; the next cell runs in a fresh machine."
             ),
             notice=f"agentvm: {reason}. This cell runs in a fresh machine, the variables of the lost one are gone.",
         )
+
+    def _on_culled(self, lease: Lease) -> None:
+        self._give_back(lease)
+        self._proxy.detach(
+            MachineLost("The machine was idle for long and was ended."),
+            notice="agentvm: the machine was idle for long and was ended. This cell runs in a fresh one, without the old variables.",
+        )
+
+    def _on_not_woken(self, lease: Lease, error: AgentVMError) -> None:
+        if self._lease is lease:
+            self._give_back(lease)
+            self._proxy.detach(
+                MachineLost(f"The paused machine could not be woken: {error.message}", hint="Its variables are lost."),
+                notice="agentvm: the machine could not be woken. This cell runs in a fresh one, without the old variables.",
+            )
+
+    def _give_back(self, lease: Lease) -> None:
+        self._lease = None
+        if self._idle is not None:
+            self._idle.stop()
+            self._idle = None
+        self._spawn(lease.release())
 
     def _on_notification(self, method: str, params: Any) -> None:
         if method == "kernel.died" and isinstance(params, dict):
@@ -199,7 +278,8 @@ class KernelApp:
 
     async def _interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
         content: dict[str, Any] = {"status": "ok"}
-        if self._lease is not None:
+        # In a paused machine nothing runs that could be interrupted.
+        if self._lease is not None and not (self._idle is not None and self._idle.paused):
             try:
                 await self._lease.connection.call("kernel.interrupt", timeout_s=INTERRUPT_TIMEOUT_S)
             except AgentVMError as error:
@@ -273,7 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sockets.info != info or is_ours:
             connection_file.save(path, sockets.info)
         # Not asyncio.run: it would wait for threads that boot a machine which nobody wants any more.
-        code, threads_left = asyncio.new_event_loop().run_until_complete(_serve(sockets, session, announcement))
+        code, threads_left = asyncio.new_event_loop().run_until_complete(
+            _serve(sockets, session, path.stem, announcement)
+        )
         sockets.close()
     finally:
         if is_ours:
@@ -286,8 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-async def _serve(sockets: ClientSockets, session: Session, announcement: str) -> tuple[int, bool]:
-    app = KernelApp(sockets, session, _default_backend())
+async def _serve(sockets: ClientSockets, session: Session, name: str, announcement: str) -> tuple[int, bool]:
+    app = KernelApp(sockets, session, _default_backend(), name)
     app.start()
     if announcement:
         print(announcement, flush=True)

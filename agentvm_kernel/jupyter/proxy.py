@@ -7,19 +7,23 @@ Requests that come while there is no machine wait and are forwarded in order. Pu
 loop only.
 """
 
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-from agentvm_kernel.errors import AgentVMError, ConnectionClosed
+from agentvm_kernel.errors import AgentVMError, ConnectionClosed, MachineError, MachineLost
 from agentvm_kernel.jupyter import guest_messages
-from agentvm_kernel.jupyter.connection_file import ConnectionInfo
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
+from agentvm_kernel.jupyter.magics.names import mentions
 from agentvm_kernel.jupyter.output_valve import OutputValve
 from agentvm_kernel.jupyter.requests import Progress, Request, RequestTable
-from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError
+from agentvm_kernel.jupyter.roles import Outlet, Owner
+from agentvm_kernel.jupyter.turns import Turns
+from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError, pack_json, parse_json
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.transport.connection import GuestConnection
 from guest_runtime.wire import Channel
@@ -45,54 +49,28 @@ KERNEL_INFO_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
 
 
-class Outlet(Protocol):
-    """Where messages to clients go; `sockets.ClientSockets` is one."""
-
-    info: ConnectionInfo
-
-    def backlog(self) -> int:
-        """Return how many bytes wait for iopub subscribers."""
-
-    def send(self, channel: str, frames: Sequence[Buffer]) -> None:
-        """Send on shell, control or stdin."""
-
-    def publish(self, frames: Sequence[Buffer]) -> None:
-        """Send to all iopub subscribers."""
-
-
-class Owner(Protocol):
-    """Whoever has the machine: what the proxy cannot do by itself."""
-
-    def machine_wanted(self) -> None:
-        """A request waits for a machine."""
-
-    def interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
-        """Interrupt what runs in the guest, then call `done` with the content of the reply."""
-
-    def shutdown(self) -> None:
-        """A client asked the kernel to end and has its reply."""
-
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call something after a while."""
-
-
 class Proxy:
     """The state of all conversations between the clients and one guest after another.
 
     Attributes:
         dropped: how many messages were dropped, by reason.
+        plans_all: ask for a plan for every cell, not only for those that mention a host magic.
+        next_count: what the guest's next cell will be counted as.
     """
 
     def __init__(self, session: Session, outlet: Outlet, owner: Owner) -> None:
         self.dropped: Counter[str] = Counter()
+        self.plans_all = False
+        self.next_count = 1
         self._session = session
         self._outlet = outlet
         self._owner = owner
         self._requests = RequestTable()
         self._connection: GuestConnection | None = None
         self._valve = OutputValve(outlet.backlog, owner.call_later)
-        self._held: deque[tuple[Request, list[Buffer]]] = deque()
+        self._turns = Turns(self._requests, self._forward, owner.run_cell)
         self._notice = ""
+        self._used_at = time.monotonic()
         self._said_starting = False
         self._unanswered_info: list[Request] = []
         self._shown: tuple[Request, str] | None = None
@@ -117,8 +95,16 @@ class Proxy:
         if self._shown is not None:
             self._publish("clear_output", {"wait": False}, self._shown[0])
             self._shown = None
-        while self._held:
-            self._forward(connection, *self._held.popleft())
+        self._turns.has_machine = True
+        self._turns.pump()
+
+    def switch(self, connection: GuestConnection) -> None:
+        """Forward to another guest from now on, which takes the place of this one without anything being lost."""
+        if self._connection is not None:
+            self._connection.on_message.clear()
+        for request in self._requests.elsewhere():
+            self._fail(request, MachineError("The machine was put back to another state before it answered this."))
+        self.attach(connection)
 
     def detach(self, error: AgentVMError, *, notice: str = "") -> None:
         """There is no guest (any more): answer whatever is unanswered with `error`.
@@ -131,15 +117,36 @@ class Proxy:
             self._connection.on_message.clear()
             self._connection = None
         self._notice = notice
-        self._held.clear()
+        self._turns.has_machine = False
+        self._turns.clear()
         self._shown = None
         self._asking.clear()
-        for request in self._requests.clear():
-            self._fail(request, error)
+        self.next_count = 1
+        unfinished = self._requests.clear()
+        for request in unfinished:
+            # The cell that the host runs is answered by whoever runs it.
+            if not request.is_part and request is not self._turns.host_cell:
+                self._fail(request, error)
+        for request in unfinished:
+            if request.on_done is not None:
+                request.on_done(error)
+
+    def idle_since(self) -> float | None:
+        """Return when the last request ended, on the monotonic clock; None while one is being answered."""
+        busy = len(self._turns) or any(map(self._requests.has_pending, GUEST_CHANNELS))
+        return None if busy else self._used_at
+
+    def park(self) -> bool:
+        """Hold requests from now on, as while there is no machine; False, and nothing is held, while one is being answered."""
+        if self._connection is None or self.idle_since() is None:
+            return False
+        self._connection = None
+        self._turns.has_machine = False
+        return True
 
     def show_progress(self, text: str) -> None:
         """Tell the first cell that waits for a machine what it is waiting for; removed again when the cell starts."""
-        request = next((request for request, _ in self._held if request.is_cell and not request.silent), None)
+        request = self._turns.first_cell()
         if request is not None and self._shown != (request, text):
             self._shown = (request, text)
             self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
@@ -178,6 +185,7 @@ class Proxy:
             channel=channel,
             identities=message.identities,
             header=message.parts[0],
+            in_turn=channel == "shell" and not message.header.get("subshell_id"),
         )
         if (answer := self._on_host.get(request.msg_type)) is not None:
             self._set_status(request, Progress.BUSY)
@@ -193,16 +201,25 @@ class Proxy:
             request.code = str(content.get("code", ""))
             request.silent = bool(content.get("silent", False))
             request.allow_stdin = bool(content.get("allow_stdin", False))
+            request.stop_on_error = bool(content.get("stop_on_error", True))
+            stored = not request.silent and bool(content.get("store_history", True))
+            if request.in_turn and (mentions(request.code) or (self.plans_all and stored)):
+                request.plan = self._owner.plan_cell(request.code)
+                request.content = content
+                request.metadata = parse_json(message.parts[2], max_bytes=len(message.parts[2]))
+        self._used_at = time.monotonic()
         self._requests.add(request)
-        if self._connection is not None:
-            self._forward(self._connection, request, message.parts)
-            return
-        if not self._held:
+        if self._connection is None and not len(self._turns):
             self._set_status(request, Progress.BUSY)
-        self._held.append((request, message.parts))
-        self._owner.machine_wanted()
+        self._turns.add(request, message.parts)
+        if self._connection is None:
+            self._owner.machine_wanted()
 
-    def _forward(self, connection: GuestConnection, request: Request, parts: list[Buffer]) -> None:
+    def _forward(self, request: Request, parts: list[Buffer]) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        request.in_guest = True
         if self._notice and request.is_cell and not request.silent:
             self._set_status(request, Progress.BUSY)
             self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
@@ -214,6 +231,95 @@ class Proxy:
             return
         except ValueError as error:
             self._fail(request, WireError(f"The request cannot be passed to the machine: {error}."))
+
+    # ---- cells that the host runs
+
+    def show_input(self, cell: Request) -> None:
+        """Say that a cell has begun."""
+        self._set_status(cell, Progress.BUSY)
+        if not cell.silent:
+            self.publish(cell, "execute_input", {"code": cell.code, "execution_count": self.next_count})
+        cell.code = None
+
+    def publish(self, cell: Request, msg_type: str, content: dict[str, Any]) -> None:
+        """Publish something of the host's own about a cell."""
+        self._publish(msg_type, content, cell)
+
+    def run_part(
+        self,
+        cell: Request,
+        content: dict[str, Any],
+        metadata: dict[str, Any],
+        on_done: Callable[[GuestMessage | AgentVMError], None],
+    ) -> None:
+        """Have the guest run something as a part of a cell; its output becomes the cell's.
+
+        Args:
+            cell: which cell; it is the host's turn for it.
+            content: of the execute_request.
+            metadata: likewise.
+            on_done: called with the reply after all output, or with what kept the guest from answering.
+        """
+        if self._connection is None:
+            on_done(MachineLost("There is no machine to run this in.", hint="The next cell gets a fresh one."))
+            return
+        header = self._session.header("execute_request")
+        part = replace(
+            cell,
+            msg_id=header["msg_id"],
+            code=None,
+            plan=None,
+            in_turn=True,
+            progress=Progress.QUEUED,
+            is_part=True,
+            on_done=on_done,
+        )
+        self._requests.add(part)
+        self._forward(part, [pack_json(header), EMPTY, pack_json(metadata), pack_json(content)])
+
+    def release_cell(self) -> None:
+        """Leave the present cell to the guest, as it came; to the next one, where that has gone."""
+        if (cell := self._turns.host_cell) is not None:
+            self._requests.add(cell)
+        self._turns.release()
+        if self._connection is None:
+            self._owner.machine_wanted()
+
+    def end_cell(self, cell: Request, content: dict[str, Any], of_guest: GuestMessage | None) -> None:
+        """Answer the present cell; what waited behind it goes on, or is aborted with it.
+
+        Args:
+            cell: which.
+            content: of the reply.
+            of_guest: the guest's reply to its last part, whose metadata and time hold for the cell.
+        """
+        if not cell.silent and content["status"] == "error":
+            self._abort_waiting(cell)
+        self._reply(cell, "execute_reply", content, guest_message=of_guest)
+        self._set_status(cell, Progress.IDLE)
+        self._turns.end()
+        if self._connection is None and len(self._turns):
+            self._owner.machine_wanted()
+
+    def stand_still(self, still: bool) -> None:
+        """Keep everything but the present cell's own parts from the guest, or let it through again."""
+        self._turns.standstill = still
+        if not still:
+            self._turns.pump()
+
+    def others_in_guest(self) -> bool:
+        """Whether the guest works on something besides the main shell."""
+        return bool(self._requests.elsewhere())
+
+    def _abort_waiting(self, failed: Request) -> None:
+        if failed.stop_on_error and failed.in_turn:
+            for request in self._turns.take_cells():
+                self._answer(request, {"status": "aborted"})
+
+    def _part_done(self, part: Request) -> None:
+        if part.reply is not None and part.progress is Progress.IDLE and part.on_done is not None:
+            on_done, part.on_done = part.on_done, None
+            on_done(part.reply)
 
     def _client_input(self, message: ClientMessage) -> None:
         # jupyter_client sends input_reply without a parent header: the client's identity says which question it
@@ -251,9 +357,12 @@ class Proxy:
 
     def interrupt_held(self) -> None:
         """End cells that wait for a machine: the first as interrupted, the others aborted, like ipykernel's queue."""
-        waiting = [request for request, _ in self._held if request.is_cell]
-        self._held = deque(item for item in self._held if not item[0].is_cell)
-        for number, request in enumerate(waiting):
+        if self._turns.host_cell is not None:
+            self._owner.interrupt_cell()
+        if self._connection is not None:
+            # What waits behind a cell is aborted when that one fails.
+            return
+        for number, request in enumerate(self._turns.take_cells()):
             if number == 0:
                 self._fail(request, AgentVMError("The cell was interrupted before it ran."), ename="KeyboardInterrupt")
             else:
@@ -299,6 +408,8 @@ class Proxy:
             self._set_status(request, Progress.BUSY if message.content["execution_state"] == "busy" else Progress.IDLE)
             return
         if message.msg_type == "execute_input":
+            if request.is_part:
+                return
             if request.code is None:
                 self._drop("guest iopub", "execute_input that is not due")
                 return
@@ -319,7 +430,22 @@ class Proxy:
         if request is None or request.channel != channel or request.reply_type != message.msg_type:
             self._drop(f"guest {channel}", f"{message.msg_type} that nobody waits for")
             return
+        if request.is_cell:
+            self._cell_replied(request, message)
+            if request.is_part:
+                request.reply = message
+                self._requests.answered(request)
+                self._asking = [asking for asking in self._asking if asking is not request]
+                self._part_done(request)
+                return
         self._reply(request, message.msg_type, message.content, guest_message=message)
+
+    def _cell_replied(self, request: Request, message: GuestMessage) -> None:
+        count = message.content.get("execution_count")
+        if request.in_turn and count is not None and message.content["status"] != "aborted":
+            self.next_count = count + 1
+        if message.content["status"] == "error" and not request.silent and not request.is_part:
+            self._abort_waiting(request)
 
     def _on_guest_stdin(self, parts: list[bytes]) -> None:
         try:
@@ -343,16 +469,22 @@ class Proxy:
         if progress != request.progress + 1:
             return
         request.progress = progress
+        if request.is_part:
+            self._part_done(request)
+            return
         self._publish("status", {"execution_state": "busy" if progress is Progress.BUSY else "idle"}, request)
 
     def _reply(
         self, request: Request, msg_type: str, content: dict[str, Any], *, guest_message: GuestMessage | None = None
     ) -> None:
+        self._used_at = time.monotonic()
         self._requests.answered(request)
         self._asking = [asking for asking in self._asking if asking is not request]
         self._send(request.channel, request, msg_type, content, guest_message=guest_message)
         if self._unanswered_info and not self._requests.has_pending(request.channel):
             self._answer_kernel_info()
+        if request.in_turn and len(self._turns):
+            self._turns.pump()
 
     def _send(
         self,

@@ -4,9 +4,13 @@ A guest names the request that it answers by its id; everything else about that 
 nothing heavy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
+from agentvm_kernel.errors import AgentVMError
+from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.wire import Buffer
 
 MAX_ANSWERED = 4096
@@ -32,6 +36,15 @@ class Request:
         silent: an execute_request that must not show anything.
         allow_stdin: an execute_request during which the guest may ask for input.
         progress: which status was published last.
+        in_turn: of the main shell, where requests are served one after the other.
+        in_guest: it was passed on.
+        content: of a cell that the host runs, all that the client sent.
+        metadata: likewise.
+        stop_on_error: cells that wait are aborted when this one fails.
+        plan: how the host runs this cell; None for the guest's.
+        is_part: a part of such a cell, made by the host and run by the guest. `header` and `identities` are the cell's.
+        on_done: of a part: called with the reply when that and `idle` have come, or with the error that ended it.
+        reply: of a part, once it has come.
     """
 
     msg_id: str
@@ -43,6 +56,15 @@ class Request:
     silent: bool = False
     allow_stdin: bool = False
     progress: Progress = Progress.QUEUED
+    in_turn: bool = False
+    in_guest: bool = False
+    content: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    stop_on_error: bool = True
+    plan: object = None
+    is_part: bool = False
+    on_done: Callable[[GuestMessage | AgentVMError], None] | None = None
+    reply: GuestMessage | None = None
 
     @property
     def is_cell(self) -> bool:
@@ -83,7 +105,19 @@ class RequestTable:
 
     def running(self) -> list[Request]:
         """Return the cells that have begun and have no reply yet."""
-        return [r for r in self._pending.values() if r.is_cell and r.progress is Progress.BUSY and not r.silent]
+        return [
+            r
+            for r in self._pending.values()
+            if r.is_cell and r.progress is Progress.BUSY and not r.silent and not r.is_part
+        ]
+
+    def main_shell_busy(self) -> bool:
+        """Whether the guest still works on a request of the main shell."""
+        return any(request.in_guest and request.in_turn for request in self._pending.values())
+
+    def elsewhere(self) -> list[Request]:
+        """Return what the guest works on besides the main shell: cells on subshells, calls of the debugger."""
+        return [request for request in self._pending.values() if request.in_guest and not request.in_turn]
 
     def answered(self, request: Request) -> None:
         """Note that the reply has been sent."""

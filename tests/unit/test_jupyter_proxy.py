@@ -94,7 +94,8 @@ class Guest:
 
 class Owner:
     def __init__(self):
-        self.wanted = self.interrupts = self.shutdowns = 0
+        self.wanted = self.interrupts = self.shutdowns = self.cell_interrupts = 0
+        self.cells = []
 
     def machine_wanted(self):
         self.wanted += 1
@@ -108,6 +109,15 @@ class Owner:
 
     def call_later(self, delay_s, callback):
         self.later = callback
+
+    def plan_cell(self, code):
+        return ["planned"] if code.startswith("%snapshot") else None
+
+    def run_cell(self, request):
+        self.cells.append(request)
+
+    def interrupt_cell(self):
+        self.cell_interrupts += 1
 
 
 class World:

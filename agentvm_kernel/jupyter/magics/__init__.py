@@ -1,0 +1,9 @@
+"""Magics that run on the host: `%snapshot`, `%restore`, `%undo`, `%%fork`, `%vm`, `%pool`.
+
+names      which there are, and a cheap look whether a cell may hold one (all that the kernel process imports at its start)
+split      cuts a cell into parts for the guest and magics for the host
+engine     runs such a cell part by part, as one cell to the client
+arguments  options, usage errors, help
+assist     Tab and Shift-Tab
+snapshots, fork, vm, pool   the magics themselves
+"""

@@ -1,0 +1,5 @@
+"""`%vm` and `%pool`."""
+
+from agentvm_kernel.jupyter.magics.arguments import HostMagic
+
+MAGICS: tuple[HostMagic, ...] = ()
