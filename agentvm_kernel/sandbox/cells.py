@@ -92,6 +92,7 @@ class _Cell:
     truncated: bool = False
     reply: dict[str, Any] | None = None
     idle: bool = False
+    on_output: Callable[[list[dict[str, Any]]], None] | None = None
     done: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def check(self) -> None:
@@ -116,12 +117,21 @@ class Cells:
         connection.on_message[Channel.CONTROL] = lambda parts: None
         connection.on_notification = self._on_notification
 
-    async def run(self, code: str, timeout_s: float | None = None) -> Result:
+    async def run(
+        self,
+        code: str,
+        timeout_s: float | None = None,
+        *,
+        store: bool = True,
+        on_output: Callable[[list[dict[str, Any]]], None] | None = None,
+    ) -> Result:
         """Run a cell. What it raises is in the result.
 
         Args:
             code: of the cell.
             timeout_s: how long it may take, in seconds; it is interrupted then, and the result's error is a TimeoutError.
+            store: count it and keep it in the history.
+            on_output: called with all outputs so far whenever there are more.
 
         Raises:
             MachineLost: the machine or its Python ended meanwhile.
@@ -129,8 +139,8 @@ class Cells:
         """
         async with self._lock:
             began = time.monotonic()
-            cell = self._cell = _Cell()
-            self._send(code)
+            cell = self._cell = _Cell(on_output=on_output)
+            self._send(code, store)
             expired = not await self._wait(cell, timeout_s)
             if expired:
                 await self._lease.connection.call("kernel.interrupt")
@@ -142,7 +152,7 @@ class Cells:
             self._cell = None
             return _result(cell, time.monotonic() - began, timeout_s if expired else None)
 
-    def _send(self, code: str) -> None:
+    def _send(self, code: str, store: bool) -> None:
         self._id = uuid.uuid4().hex
         header = {
             "msg_id": self._id,
@@ -152,7 +162,7 @@ class Cells:
             "version": "5.3",
             "date": datetime.now(UTC).isoformat(),
         }
-        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "stop_on_error": True}
+        content = {"code": code, "silent": False, "store_history": store, "allow_stdin": False, "stop_on_error": True}
         parts = [wire.dump_json(header), b"{}", b"{}", wire.dump_json(content)]
         self._lease.connection.send(Channel.SHELL, parts)
 
@@ -226,6 +236,8 @@ class Cells:
             )
         elif kind == "clear_output":
             cell.outputs.clear()
+        if cell.on_output is not None:
+            cell.on_output(cell.outputs)
 
     def _on_notification(self, method: str, params: Any) -> None:
         if method == "kernel.died" and not self._died.done():
