@@ -9,13 +9,13 @@ there is something to read (see `sandbox.settings`).
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentvm_kernel.errors import ConfigError
 from agentvm_kernel.paths import OWNER_CONFIG, user_config
-from agentvm_kernel.sandbox.settings import IdlePolicy, SandboxSettings
+from agentvm_kernel.sandbox.settings import CellLimits, IdlePolicy, SandboxSettings
 
 ENVIRONMENT = {
     "AGENTVM_URI": "uri",
@@ -24,9 +24,19 @@ ENVIRONMENT = {
     "AGENTVM_BOOT_TIMEOUT": "boot_timeout_s",
     "AGENTVM_IDLE_PAUSE": "idle_pause_s",
     "AGENTVM_IDLE_CULL": "idle_cull_s",
+    "AGENTVM_CELL_TIMEOUT": "cell_timeout_s",
+    "AGENTVM_OUTPUT_CAP": "output_cap_bytes",
 }
 
 ProfileName = Literal["light", "standard", "intensive"]
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _least(one: Number | None, other: Number | None) -> Number | None:
+    """Return the smaller of two limits, of which None is none."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 class Limits(BaseModel):
@@ -39,14 +49,21 @@ class Limits(BaseModel):
     )
     max_memory_mib: int | None = Field(default=None, gt=0, description="Most memory that one machine may have, in MiB.")
     max_pool: int = Field(default=16, ge=0, description="Most machines that may be kept ready.")
+    max_forks: int = Field(
+        default=16, ge=0, le=64, description="Most copies of a machine that a cell may run in at once."
+    )
+    max_cell_timeout_s: float | None = Field(default=None, gt=0, description="Longest cell timeout that may be set.")
+    max_output_bytes: int | None = Field(default=None, gt=0, description="Most output of one cell that may be shown.")
 
     def narrowed(self, other: "Limits") -> "Limits":
         """Return what both these limits and `other` allow."""
-        memories = [memory for memory in (self.max_memory_mib, other.max_memory_mib) if memory is not None]
         return Limits(
             profiles=self.profiles & other.profiles,
-            max_memory_mib=min(memories, default=None),
+            max_memory_mib=_least(self.max_memory_mib, other.max_memory_mib),
             max_pool=min(self.max_pool, other.max_pool),
+            max_forks=min(self.max_forks, other.max_forks),
+            max_cell_timeout_s=_least(self.max_cell_timeout_s, other.max_cell_timeout_s),
+            max_output_bytes=_least(self.max_output_bytes, other.max_output_bytes),
         )
 
 
@@ -72,6 +89,12 @@ class Config(BaseModel):
     idle_cull_s: float = Field(
         default=0.0, ge=0, description="Seconds after which a paused machine is given back; 0 never."
     )
+    cell_timeout_s: float = Field(
+        default=0.0, ge=0, description="Seconds after which a running cell is interrupted; 0 never."
+    )
+    output_cap_bytes: int = Field(
+        default=0, ge=0, description="So many bytes of one cell's output are shown; 0 is no limit."
+    )
     limits: Limits = Limits()
 
     def sandbox_settings(self) -> SandboxSettings:
@@ -88,6 +111,18 @@ class Config(BaseModel):
             boot_timeout_s=self.boot_timeout_s,
             acquire_timeout_s=self.acquire_timeout_s,
             idle=IdlePolicy(pause_s=self.idle_pause_s, cull_s=self.idle_cull_s),
+            cells=self._cell_limits(),
+            max_forks=self.limits.max_forks,
+        )
+
+    def _cell_limits(self) -> CellLimits:
+        longest, most = self.limits.max_cell_timeout_s or 0.0, self.limits.max_output_bytes or 0
+        return CellLimits(
+            # 0 is no limit, which is more than any.
+            timeout_s=min(self.cell_timeout_s or longest, longest or self.cell_timeout_s),
+            output_bytes=min(self.output_cap_bytes or most, most or self.output_cap_bytes),
+            max_timeout_s=longest,
+            max_output_bytes=most,
         )
 
     def check_profile(self, name: str) -> None:

@@ -21,6 +21,23 @@ class IdlePolicy:
 
 
 @dataclass(frozen=True)
+class CellLimits:
+    """What one cell may use up.
+
+    Attributes:
+        timeout_s: seconds after which a running cell is interrupted; 0 never.
+        output_bytes: so much output of one cell is shown; 0 is no limit.
+        max_timeout_s: most that a notebook may set as `timeout_s`; 0 is no limit.
+        max_output_bytes: most that a notebook may set as `output_bytes`; 0 is no limit.
+    """
+
+    timeout_s: float = 0.0
+    output_bytes: int = 0
+    max_timeout_s: float = 0.0
+    max_output_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class SandboxSettings:
     """Settings of one sandbox.
 
@@ -31,6 +48,8 @@ class SandboxSettings:
         boot_timeout_s: seconds within which a machine must answer.
         acquire_timeout_s: seconds to wait for a machine where the pool's maximum is reached.
         idle: what becomes of a machine that nobody uses.
+        cells: what one cell may use up.
+        max_forks: most copies of a machine that a cell may run in at once.
     """
 
     profile: str = "standard"
@@ -39,6 +58,8 @@ class SandboxSettings:
     boot_timeout_s: float = 300.0
     acquire_timeout_s: float = 60.0
     idle: IdlePolicy = IdlePolicy(pause_s=1800.0)
+    cells: CellLimits = CellLimits()
+    max_forks: int = 16
 
 
 def load_settings(**overrides: Any) -> SandboxSettings:
@@ -56,6 +77,8 @@ def load_settings(**overrides: Any) -> SandboxSettings:
         "AGENTVM_BOOT_TIMEOUT",
         "AGENTVM_IDLE_PAUSE",
         "AGENTVM_IDLE_CULL",
+        "AGENTVM_CELL_TIMEOUT",
+        "AGENTVM_OUTPUT_CAP",
         "AGENTVM_CONFIG",
     )
     if OWNER_CONFIG.exists() or user_config().exists() or any(name in os.environ for name in variables):
