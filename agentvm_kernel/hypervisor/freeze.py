@@ -11,6 +11,7 @@ up there. The kernel process imports this module.
 import os
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,15 @@ import libvirt
 from agentvm_kernel.errors import SnapshotError
 from agentvm_kernel.hypervisor.files import give, read_untrusted, write_private
 from agentvm_kernel.hypervisor.machine import Machine
-from agentvm_kernel.hypervisor.pages import find_mappings, write_delta
+from agentvm_kernel.hypervisor.memory import content_digest, memory_mode, seal, sources, stamp
+from agentvm_kernel.hypervisor.pages import Capture, find_mappings, write_changes
 from agentvm_kernel.hypervisor.qcow2 import create_overlay
 from agentvm_kernel.hypervisor.snapshot import (
     Snapshot,
     being_made,
-    content_digest,
     layer_path,
     load,
-    memory_mode,
     new_id,
-    seal,
-    stamp,
     version_text,
 )
 from agentvm_kernel.hypervisor.states import MachineState
@@ -110,33 +108,29 @@ def freeze_live(
             f"Machine {machine.name} was booted and not thawed, so it cannot be frozen.",
             hint="Thaw one from a template and freeze that.",
         )
-    parent = load(machine.tags.template)
+    base = load(machine.memory_of)
     snapshot_id, layer = new_id(), new_id()
     number = int(machine.overlay.stem.rpartition("-")[2] or 0) if "-" in machine.overlay.stem else 0
     next_overlay = machine.files.folder / f"overlay-{number + 1}.qcow2"
     next_overlay.unlink(missing_ok=True)
     with being_made(snapshot_id) as folder:
         pid = machine.qemu_pid
-        mappings = find_mappings(pid, parent.memory)
-        os.link(machine.overlay, layer_path(layer))
-        create_overlay(next_overlay, machine.overlay, recorded_backing=layer_path(layer))
-        give(next_overlay, machine.hypervisor.qemu_user)
-        was_running = machine.state is MachineState.RUNNING
-        began = time.monotonic()
-        if was_running:
-            machine.pause()
+        capture = Capture(pid, find_mappings(pid, base.memory), folder / "spill")
         try:
-            # Copying the pages takes as long as all that QEMU and libvirt have to do, and needs neither.
-            with ThreadPoolExecutor(1) as other:
-                saving = other.submit(_save_devices, machine)
-                switching = other.submit(_switch_disk, machine, next_overlay, layer_path(layer))
-                pages = write_delta(folder / "delta", pid, mappings)
-                state = saving.result()
-                switching.result()
+            os.link(machine.overlay, layer_path(layer))
+            create_overlay(next_overlay, machine.overlay, recorded_backing=layer_path(layer))
+            give(next_overlay, machine.hypervisor.qemu_user)
+            began = time.monotonic()
+            state = _stand_still(
+                machine, capture, lambda: _switch_disk(machine, next_overlay, layer_path(layer)), resume
+            )
+            pause_s = time.monotonic() - began
+            parent, deltas = _parent(str(about.get("after", "")), base)
+            pages = write_changes(folder / "delta", capture, base.memory, [one.delta for one in deltas])
         finally:
-            if was_running and resume:
-                machine.resume()
-        pause_s = time.monotonic() - began
+            capture.close()
+            (folder / "spill").unlink(missing_ok=True)
+        (folder / "delta").chmod(0o400)
         common = _write_common(machine, folder, state)
         owner = Owner.current()
         snapshot = Snapshot(
@@ -147,15 +141,68 @@ def freeze_live(
             layer=layer,
             pages=pages,
             pause_s=pause_s,
-            digests={"state": content_digest(folder / "state"), "delta": content_digest(folder / "delta")},
             owner_pid=owner.pid,
             owner_start=owner.start,
             **common,
             **about,  # type: ignore[arg-type]
         )
         _finish(snapshot, folder)
-    log.debug("machine_frozen", machine=machine.name, snapshot=snapshot_id, pages=pages, pause_s=round(pause_s, 3))
+    log.debug(
+        "machine_frozen",
+        machine=machine.name,
+        snapshot=snapshot_id,
+        pages=pages,
+        pause_ms=round(pause_s * 1000),
+        rest_ms=round((time.monotonic() - began - pause_s) * 1000),
+    )
     return snapshot
+
+
+def _stand_still(machine: Machine, capture: Capture, switch_disk: Callable[[], None], resume: bool) -> bytes:
+    """Pause the machine, take what a snapshot needs of it, and let it run on; return the devices' state."""
+    was_running = machine.state is MachineState.RUNNING
+    times = [time.monotonic()]
+    if was_running:
+        machine.pause()
+    times.append(time.monotonic())
+    try:
+        # Copying the pages takes as long as all that QEMU and libvirt have to do, and needs neither.
+        with ThreadPoolExecutor(1) as other:
+            saving = other.submit(_save_devices, machine)
+            switching = other.submit(switch_disk)
+            capture.take()
+            times.append(time.monotonic())
+            state = saving.result()
+            times.append(time.monotonic())
+            switching.result()
+            times.append(time.monotonic())
+    finally:
+        if was_running and resume:
+            machine.resume()
+    times.append(time.monotonic())
+    steps = ("pause", "copy", "devices", "disk", "resume")
+    log.debug(
+        "machine_stood_still",
+        machine=machine.name,
+        **{f"{step}_ms": round((end - start) * 1000) for step, start, end in zip(steps, times, times[1:], strict=False)},
+    )
+    return state
+
+
+def _parent(after: str, base: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
+    """Return the snapshot to write a delta against, and what comes on top of the memory of `base` there, newest first.
+
+    What came before in the history has most pages in common, but it must rest on the same memory file.
+    """
+    if after:
+        try:
+            before = load(after)
+            rests_on, above = sources(before)
+            if rests_on.id == base.id:
+                return before, above
+        except SnapshotError as error:
+            log.debug("no_parent", snapshot=after, error=str(error))
+    return base, []
 
 
 def _save_devices(machine: Machine) -> bytes:
@@ -234,9 +281,15 @@ def _generalise(domain: ElementTree.Element) -> None:
 
 
 def _finish(snapshot: Snapshot, folder: Path) -> None:
-    """Write the metadata, and see to it that everything is on the disk before the snapshot is there."""
+    """Write the metadata; see to it that a template is on the disk before it is there. Others end with their session (see `export`)."""
     write_private(folder / "snapshot.json", snapshot.to_json())
     stamp(folder)
+    if snapshot.is_template:
+        to_disk(snapshot, folder)
+
+
+def to_disk(snapshot: Snapshot, folder: Path) -> None:
+    """Wait until all that is in a snapshot's folder, and its disk layer, is on the disk."""
     for path in (*folder.iterdir(), snapshot.disk, folder):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

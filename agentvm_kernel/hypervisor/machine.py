@@ -50,6 +50,7 @@ class Machine:
         hardware: what it is made of.
         tags: its metadata, as last written.
         overlay: its current disk layer.
+        memory_of: id of the snapshot whose memory file it maps; empty after a cold boot.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Machine:
         self.hardware = hardware
         self.tags = tags
         self.overlay = files.overlay
+        self.memory_of = tags.template
         self._secret = secret
         self._cid: int | None = None
         self._state = MachineState.DEFINED
@@ -95,6 +97,7 @@ class Machine:
             secret=files.secret.read_bytes(),
         )
         machine.overlay = files.folder / record["overlay"]
+        machine.memory_of = record.get("memory", tags.template)
         machine._resync()
         return machine
 
@@ -356,6 +359,7 @@ class Machine:
             "owner": asdict(self.tags.owner),
             "created": self.tags.created,
             "template": self.tags.template,
+            "memory": self.memory_of,
             "overlay": self.overlay.name,
             "hardware": asdict(self.hardware),
         }

@@ -2,35 +2,31 @@
 
     snapshots/ID/snapshot.json   what it is (see `Snapshot`)
     snapshots/ID/state           the devices' state, as QEMU saved it
-    snapshots/ID/memory          the guest's memory; of a snapshot with a parent it can be rebuilt, from:
-    snapshots/ID/delta           the pages that differ from the parent's memory (see `pages`)
+    snapshots/ID/memory          the guest's memory; a snapshot with a parent has it where it was needed, built from:
+    snapshots/ID/delta           the pages that differ from the parent's memory (see `memory` and `pages`)
     snapshots/ID/domain.xml      the machine's domain XML, without what belongs to one machine only
     snapshots/ID/secret          what its runtime and the host share until a thawed machine is given its own
     snapshots/ID/stamps.json     inode, size and times of the files above, to notice cheaply that one was changed
     layers/LAYER.qcow2           disk layers, each on top of its parent's; kept while anything needs them
 
-A template is a snapshot without a parent: that of a cold boot. Standard library only: the kernel process imports this module.
+A template is the snapshot of a cold boot; it has no parent. Standard library only: the kernel process imports this module.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from agentvm_kernel.errors import SnapshotError, SnapshotMismatchError
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.files import machines_dir, subfolder, write_atomically
-from agentvm_kernel.hypervisor.pages import apply_delta, copy_sparse, data_segments
-from agentvm_kernel.hypervisor.qcow2 import backing_file
+from agentvm_kernel.hypervisor.files import subfolder, write_atomically
 from agentvm_kernel.hypervisor.states import Hardware
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
@@ -40,10 +36,6 @@ log = get_logger(__name__)
 
 SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
 PARTIAL = ".partial-"
-UNFINISHED_S = 600.0
-READ_ONLY_SINCE = (8, 2, 0)
-"""The first QEMU that maps a file privately without being able to write to it (readonly=on,rom=off)."""
-DIGEST_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Snapshot:
         id: 16 hexadecimal digits.
         name: what its maker called it; empty for a template.
         description: its maker's words.
-        parent: id of the snapshot that its machine was thawed from; empty for a template.
+        parent: id of the snapshot that its delta is based on; empty for one that has all of its memory in a file.
         created: seconds since the epoch.
         hardware: of the machine.
         qemu: version of the QEMU that saved the state.
@@ -106,7 +98,7 @@ class Snapshot:
 
     @property
     def memory(self) -> Path:
-        """The guest's memory, where it has been built (see `materialise`)."""
+        """The guest's memory, where it has a file of its own (see `memory`)."""
         return self.folder / "memory"
 
     @property
@@ -132,7 +124,12 @@ class Snapshot:
     @property
     def is_template(self) -> bool:
         """Whether it is a cold boot's."""
-        return not self.parent
+        return not (self.parent or self.owner_pid or self.name)
+
+    @property
+    def memory_pages(self) -> int:
+        """Pages of 4 KiB that the guest's memory has."""
+        return self.hardware.memory_mib << 8
 
     @property
     def owner(self) -> Owner:
@@ -277,116 +274,6 @@ def version_text(version: tuple[int, int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def memory_mode(hypervisor: Hypervisor) -> int:
-    """Return the mode of memory files. Older QEMUs insist on opening them for writing although they map them privately."""
-    writable = hypervisor.qemu_version < READ_ONLY_SINCE
-    if hypervisor.qemu_user[0] == os.geteuid():
-        return 0o600 if writable else 0o400
-    return 0o460 if writable else 0o440
-
-
-def seal(hypervisor: Hypervisor, path: Path, mode: int) -> None:
-    """Make a file ours and readable by QEMU: whoever breaks out into QEMU cannot change what other machines are thawed from.
-
-    Args:
-        hypervisor: whose QEMU it is.
-        path: the file.
-        mode: its mode; the group is QEMU's.
-    """
-    user = hypervisor.qemu_user
-    if user[0] != os.geteuid():
-        os.chown(path, os.geteuid(), user[1])
-    path.chmod(mode)
-
-
-def ensure_memory(hypervisor: Hypervisor, snapshot: Snapshot) -> Path:
-    """Return the snapshot's memory file, built from its parents' where that has not been done, and sure to be unchanged.
-
-    Raises:
-        SnapshotMismatchError: the files are not what was frozen.
-        SnapshotError: they are missing or damaged.
-    """
-    if _stamped(snapshot, ("memory", "state")):
-        return snapshot.memory
-    with _locked(snapshot.folder / "lock"):
-        if _stamped(snapshot, ("memory", "state")):
-            return snapshot.memory
-        _check_digest(snapshot, "state")
-        if "memory" in snapshot.digests and snapshot.memory.exists():
-            _check_digest(snapshot, "memory")  # a template's, or copied here by a backup
-        elif snapshot.is_template:
-            raise SnapshotError(f"The memory of snapshot {snapshot.id} is missing.")
-        else:
-            _check_digest(snapshot, "delta")
-            _build_memory(hypervisor, snapshot)
-        seal(hypervisor, snapshot.memory, memory_mode(hypervisor))
-        stamp(snapshot.folder)
-    return snapshot.memory
-
-
-def _build_memory(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
-    began = time.monotonic()
-    parent = ensure_memory(hypervisor, load(snapshot.parent))
-    partial = snapshot.folder / f".memory-{os.getpid()}"
-    partial.unlink(missing_ok=True)
-    copy_sparse(parent, partial)
-    apply_delta(snapshot.delta, partial)
-    partial.replace(snapshot.memory)
-    log.debug("memory_built", snapshot=snapshot.id, seconds=round(time.monotonic() - began, 3))
-
-
-def stamp(folder: Path) -> None:
-    """Note what the files of a snapshot look like now."""
-    stamps = {name: _stamp(folder / name) for name in ("memory", "state") if (folder / name).exists()}
-    write_atomically(folder / "stamps.json", json.dumps(stamps).encode())
-
-
-def _stamp(path: Path) -> list[int]:
-    # The change time cannot be set by anybody, and each write moves it.
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_ctime_ns]
-
-
-def _stamped(snapshot: Snapshot, names: Iterable[str]) -> bool:
-    try:
-        stamps = json.loads((snapshot.folder / "stamps.json").read_bytes())
-        return all(stamps[name] == _stamp(snapshot.folder / name) for name in names)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _check_digest(snapshot: Snapshot, name: str) -> None:
-    try:
-        actual = content_digest(snapshot.folder / name)
-    except FileNotFoundError:
-        raise SnapshotError(f"Snapshot {snapshot.name or snapshot.id} has lost its file {name}.") from None
-    if actual != snapshot.digests.get(name):
-        raise SnapshotMismatchError(
-            f"The file {snapshot.folder / name} is not the one that was frozen.",
-            hint="Delete the snapshot, and find out who changed it.",
-        )
-
-
-def content_digest(path: Path) -> str:
-    """Return a SHA-256 of a file that does not depend on which of its zeros are holes: of all blocks of 64 KiB that are not zero, each
-    after its number, and of the size.
-    """
-    digest = hashlib.sha256()
-    zero = bytes(DIGEST_BLOCK)
-    with open(path, "rb", buffering=0) as file:
-        size, done = os.fstat(file.fileno()).st_size, 0
-        buffer = memoryview(bytearray(DIGEST_BLOCK))
-        for start, end in data_segments(file.fileno()):
-            for number in range(max(done, start // DIGEST_BLOCK), -(-end // DIGEST_BLOCK)):
-                got = os.preadv(file.fileno(), [buffer], number * DIGEST_BLOCK)
-                if buffer[:got] != zero[:got]:
-                    digest.update(number.to_bytes(8, "little"))
-                    digest.update(buffer[:got])
-                done = number + 1
-        digest.update(size.to_bytes(8, "little"))
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def being_made(snapshot_id: str) -> Iterator[Path]:
     """Give a folder to put a snapshot's files into; it appears under its own name, whole, when the context ends without an error."""
@@ -406,88 +293,15 @@ def update(snapshot: Snapshot, **changes: Any) -> Snapshot:
     Raises:
         SnapshotError: it is gone.
     """
-    with _locked(snapshots_dir() / ".lock"):
+    with locked(snapshots_dir() / ".lock"):
         new = replace(load(snapshot.id), **changes)
         write_atomically(new.folder / "snapshot.json", new.to_json())
     return new
 
 
-def children(snapshot_id: str) -> list[Snapshot]:
-    """Return the snapshots whose parent this is."""
-    return [snapshot for snapshot in list_all() if snapshot.parent == snapshot_id]
-
-
-def delete(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
-    """Delete a snapshot. Its children become its parent's; what they need of it is kept.
-
-    Raises:
-        SnapshotError: a machine that was thawed from it still exists.
-    """
-    if users := machines_of(snapshot):
-        raise SnapshotError(
-            f"Snapshot {snapshot.name or snapshot.id} is in use by {', '.join(users)}.",
-            hint="Destroy that machine first.",
-        )
-    with _locked(snapshots_dir() / ".lock"):
-        for child in children(snapshot.id):
-            _detach(hypervisor, child, snapshot.parent)
-        for later in list_all():
-            if later.after == snapshot.id:
-                write_atomically(later.folder / "snapshot.json", replace(later, after=snapshot.after).to_json())
-        doomed = snapshots_dir() / f"{PARTIAL}deleted-{snapshot.id}"
-        snapshot.folder.rename(doomed)
-        shutil.rmtree(doomed)
-    collect_garbage()
-
-
-def _detach(hypervisor: Hypervisor, child: Snapshot, grandparent: str) -> None:
-    """Make `child` independent of its parent's memory: from now on its own memory file is the original."""
-    ensure_memory(hypervisor, child)
-    digests = {"state": child.digests["state"], "memory": content_digest(child.memory)}
-    new = replace(child, parent=grandparent, digests=digests, pages=0)
-    write_atomically(child.folder / "snapshot.json", new.to_json())
-    child.delta.unlink(missing_ok=True)
-
-
-def collect_garbage() -> list[str]:
-    """Delete disk layers that no snapshot and no machine rests on, and what was left of unfinished snapshots; return their names."""
-    removed = []
-    now = time.time()
-    with _locked(snapshots_dir() / ".lock"):
-        for partial in snapshots_dir().glob(f"{PARTIAL}*"):
-            if now - partial.stat().st_mtime > UNFINISHED_S:
-                shutil.rmtree(partial, ignore_errors=True)
-                removed.append(partial.name)
-        needed: set[Path] = set()
-        tops = [snapshot.disk for snapshot in list_all()] + list(machines_dir().glob("*/*.qcow2"))
-        for top in tops:
-            layer: Path | None = top
-            while layer is not None and layer not in needed and layer.exists():
-                needed.add(layer)
-                layer = backing_file(layer)
-        for layer in layers_dir().iterdir():
-            # A layer is linked here before the pause in which its machine moves on to the next.
-            if layer not in needed and now - layer.stat().st_ctime > UNFINISHED_S:
-                layer.unlink(missing_ok=True)
-                removed.append(layer.name)
-    return removed
-
-
-def machines_of(snapshot: Snapshot) -> list[str]:
-    """Return the names of the machines that were thawed from a snapshot and still exist."""
-    return sorted(record["name"] for record in _machine_records() if record.get("template") == snapshot.id)
-
-
-def _machine_records() -> Iterator[dict[str, Any]]:
-    for path in machines_dir().glob("*/machine.json"):
-        with contextlib.suppress(OSError, ValueError):
-            record = json.loads(path.read_bytes())
-            if isinstance(record, dict) and isinstance(record.get("name"), str):
-                yield record
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes while the context lasts."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

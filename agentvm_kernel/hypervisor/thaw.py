@@ -1,8 +1,8 @@
 """Thawing: a snapshot becomes a machine.
 
-A new QEMU maps the snapshot's memory file privately, so all machines thawed from it share its pages until they write; it loads the
-devices' state, which we feed through a socket; and it gets an empty overlay on the snapshot's disk layer. The kernel process imports this
-module and waits for it, so it imports little and asks libvirt as little as it can.
+A new QEMU maps a memory file privately, so all machines thawed from it share its pages until they write, and is given the pages that the
+snapshot has beyond that file; it loads the devices' state, which we feed through a socket; and it gets an empty overlay on the snapshot's
+disk layer. The kernel process imports this module and waits for it, so it imports little and asks libvirt as little as it can.
 """
 
 import json
@@ -15,8 +15,10 @@ from agentvm_kernel.errors import SnapshotError
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles, give, write_private
 from agentvm_kernel.hypervisor.machine import Machine, new_name
+from agentvm_kernel.hypervisor.memory import READ_ONLY_SINCE, ensure_memory, sources
+from agentvm_kernel.hypervisor.pages import apply_to_process, find_mappings
 from agentvm_kernel.hypervisor.qcow2 import create_overlay
-from agentvm_kernel.hypervisor.snapshot import READ_ONLY_SINCE, Snapshot, ensure_memory, require_thawable
+from agentvm_kernel.hypervisor.snapshot import Snapshot, require_thawable
 from agentvm_kernel.hypervisor.tags import Owner, Tags
 from agentvm_kernel.log import get_logger
 
@@ -44,7 +46,9 @@ def thaw(
         SnapshotError: it cannot be loaded.
     """
     require_thawable(hypervisor, snapshot)
-    memory = ensure_memory(hypervisor, snapshot)
+    if hypervisor.memory_is_closed:
+        ensure_memory(hypervisor, snapshot)
+    base, above = sources(snapshot)
     files = MachineFiles.of(name or new_name())
     tags = Tags(
         owner=Owner.current(),
@@ -58,16 +62,22 @@ def thaw(
     secret = snapshot.secret.read_bytes()
     files.claim()
     machine = Machine(hypervisor, files, uuid=str(uuid.uuid4()), hardware=snapshot.hardware, tags=tags, secret=secret)
+    machine.memory_of = base.id
     try:
         began = time.monotonic()
         files.prepare(user, machine.record())
         write_private(files.secret, secret)
         create_overlay(files.overlay, snapshot.disk)
         give(files.overlay, user)
-        xml = _domain_xml(hypervisor, snapshot, machine, str(memory))
+        xml = _domain_xml(hypervisor, snapshot, machine, str(base.memory))
         prepared = time.monotonic()
         machine.start(xml, paused=True)
         created = time.monotonic()
+        if above:
+            # It has not run yet, so there is no translated code that this could leave stale.
+            pid = machine.qemu_pid
+            apply_to_process([one.delta for one in above], pid, find_mappings(pid, base.memory))
+        filled = time.monotonic()
         _load(machine, snapshot)
         loaded = time.monotonic()
         machine.set_limits()
@@ -77,9 +87,17 @@ def thaw(
             snapshot=snapshot.id,
             prepare_ms=round((prepared - began) * 1000),
             create_ms=round((created - prepared) * 1000),
-            load_ms=round((loaded - created) * 1000),
+            memory_ms=round((filled - created) * 1000),
+            load_ms=round((loaded - filled) * 1000),
             limits_ms=round((time.monotonic() - loaded) * 1000),
         )
+    except PermissionError as error:
+        machine.destroy()
+        if hypervisor.memory_is_closed:
+            raise
+        log.info("memory_is_closed", uri=hypervisor.uri, reason=str(error))
+        hypervisor.memory_is_closed = True
+        return thaw(hypervisor, snapshot, name=name, state=state, lease=lease)
     except BaseException:
         machine.destroy()
         raise

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterable, Iterator
 
 from agentvm_kernel.errors import SnapshotError
+from agentvm_kernel.hypervisor import garbage, memory
 from agentvm_kernel.hypervisor import snapshot as files
-from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.freeze import to_disk
 from agentvm_kernel.hypervisor.snapshot import Snapshot
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
@@ -18,8 +19,6 @@ from agentvm_kernel.log import get_logger
 log = get_logger(__name__)
 
 NAME = re.compile(r"[^\W_][\w.+-]{0,62}")
-RESTART_S = 600.0
-"""A kernel that was restarted finds the snapshots of its session again for so long, in seconds."""
 
 
 def require_name(name: str) -> None:
@@ -83,15 +82,12 @@ def export(snapshot: Snapshot) -> Snapshot:
                 f"An exported snapshot is called {snapshot.name!r} already.",
                 hint=f"Delete that one first: agentvm snapshot delete {snapshot.name}.",
             )
+    at: Snapshot | None = snapshot
+    while at is not None and not at.is_template:
+        settled = memory.settle(at)
+        to_disk(settled, settled.folder)
+        at = files.load(at.parent) if at.parent else None
     return files.update(snapshot, exported=True, automatic=False)
-
-
-def remove(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
-    """Delete a snapshot. One that a machine still rests on is no longer shown, and goes when that machine has gone."""
-    if files.machines_of(snapshot):
-        files.update(snapshot, name="", exported=False, automatic=True)
-    else:
-        files.delete(hypervisor, snapshot)
 
 
 def adopt(session: str) -> None:
@@ -100,42 +96,14 @@ def adopt(session: str) -> None:
     for snapshot in files.list_all():
         if snapshot.session == session and snapshot.owner != owner:
             files.update(snapshot, owner_pid=owner.pid, owner_start=owner.start)
-            (snapshot.folder / "orphaned").unlink(missing_ok=True)
+            (snapshot.folder / garbage.ORPHANED).unlink(missing_ok=True)
 
 
-def end_session(hypervisor: Hypervisor, session: str) -> None:
+def end_session(session: str) -> None:
     """Delete a session's snapshots, but the exported ones."""
     for snapshot in reversed(files.list_all()):
         if snapshot.session == session and not snapshot.exported:
-            remove(hypervisor, snapshot)
-
-
-def collect(hypervisor: Hypervisor) -> list[str]:
-    """Delete the snapshots of sessions that ended, and nameless ones that nothing rests on; return their ids. Exported ones stay."""
-    removed = []
-    for snapshot in files.list_all():
-        if snapshot.is_template or snapshot.exported or not (snapshot.session or snapshot.owner_pid):
-            continue
-        if snapshot.owner.alive() and snapshot.name:
-            continue
-        if files.machines_of(snapshot) or (snapshot.name and not _given_up(snapshot)):
-            continue
-        try:
-            files.delete(hypervisor, snapshot)
-            removed.append(snapshot.id)
-        except (SnapshotError, OSError) as error:
-            log.warning("snapshot_not_collected", snapshot=snapshot.id, error=str(error))
-    return removed
-
-
-def _given_up(snapshot: Snapshot) -> bool:
-    """Whether its session's process has been gone for so long that no restarted kernel will come back to it."""
-    mark = snapshot.folder / "orphaned"
-    try:
-        return time.time() - mark.stat().st_mtime > RESTART_S
-    except FileNotFoundError:
-        mark.touch(mode=0o600)
-        return False
+            garbage.remove(snapshot)
 
 
 # ---- the tree

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Coroutine, Iterable
 
 from agentvm_kernel.errors import AgentVMError, GuestError, HostError, MachineLost, SnapshotError
+from agentvm_kernel.hypervisor import garbage, memory
 from agentvm_kernel.hypervisor import snapshot as files
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import freeze_live
@@ -96,7 +97,7 @@ class TimeTravel:
                 log.warning("no_checkpoint", machine=lease.machine.name, error=str(error))
                 return None
             self._untouched = False
-            self._in_background(self._prune(lease.machine.hypervisor))
+            self._in_background(self._prune())
             return made
 
     async def restore(self, name: str, current: Lease | None) -> Lease:
@@ -154,7 +155,7 @@ class TimeTravel:
             snapshot = await self._freeze(lease, "", "", True)
             self._here, self._untouched = snapshot.after, untouched
             hypervisor = lease.machine.hypervisor
-            await asyncio.to_thread(files.ensure_memory, hypervisor, snapshot)
+            await asyncio.to_thread(memory.ensure_memory, hypervisor, snapshot)
         room = asyncio.Semaphore(FORKS_AT_ONCE)
 
         async def clone() -> Lease:
@@ -177,8 +178,7 @@ class TimeTravel:
         """
         async with self._lock:
             snapshot = await asyncio.to_thread(snapshot_store.find, name, self.session)
-            hypervisor = self._libvirt(None)
-            await asyncio.to_thread(snapshot_store.remove, hypervisor, snapshot)
+            await asyncio.to_thread(garbage.remove, snapshot)
 
     async def export(self, name: str) -> Snapshot:
         """Keep a snapshot for good, for all notebooks.
@@ -194,8 +194,7 @@ class TimeTravel:
         """Delete all snapshots of the session that were not exported, once background work is done; its machines are given back."""
         await asyncio.gather(*self._background, return_exceptions=True)
         async with self._lock:
-            hypervisor = self._libvirt(None)
-            await asyncio.to_thread(snapshot_store.end_session, hypervisor, self.session)
+            await asyncio.to_thread(snapshot_store.end_session, self.session)
 
     def names(self) -> list[str]:
         """Return the names of all snapshots that can be restored, oldest first."""
@@ -240,7 +239,7 @@ class TimeTravel:
             if not lease.lost.done():
                 await wake(lease.connection, machine)
         self._here, self._untouched = made.id, False
-        self._in_background(asyncio.to_thread(_build_memory, machine.hypervisor, made))
+        self._in_background(asyncio.to_thread(_settle, made))
         return made
 
     async def _thaw(self, snapshot: Snapshot, current: Lease | None) -> Lease:
@@ -272,13 +271,13 @@ class TimeTravel:
             self._hypervisor = Hypervisor(self._settings.uri)
         return self._hypervisor
 
-    async def _prune(self, hypervisor: Hypervisor) -> None:
+    async def _prune(self) -> None:
         """Delete the oldest automatic snapshots."""
         async with self._lock:
             automatic = [one for one in await asyncio.to_thread(snapshot_store.visible, self.session) if one.automatic]
             for one in _surplus(automatic):
                 if one.id != self._here:
-                    await asyncio.to_thread(snapshot_store.remove, hypervisor, one)
+                    await asyncio.to_thread(garbage.remove, one)
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -295,5 +294,5 @@ def _surplus(automatic: Iterable[Snapshot]) -> list[Snapshot]:
     return sorted(automatic, key=lambda one: one.created)[:-CHECKPOINTS]
 
 
-def _build_memory(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
-    files.ensure_memory(hypervisor, snapshot)
+def _settle(snapshot: Snapshot) -> None:
+    memory.settle(snapshot)
