@@ -20,7 +20,7 @@ from typing import Any
 
 import zmq
 
-from guest_runtime import methods, pipes, powers, rpc
+from guest_runtime import methods, pipes, powers, rpc, warm_up
 from guest_runtime.bridge import MAX_QUEUED, Bridge
 from guest_runtime.handshake import GuestHandshake, SessionLost, SessionStarted
 from guest_runtime.kernel import PythonKernel
@@ -273,11 +273,12 @@ class Agent:
             raise rpc.RpcError(f"the host did not take all output within {timeout_s:g} s", code=rpc.BUSY)
         return {"quiet": True}
 
-    def warm_up(self, timeout_s: float = 30.0) -> dict[str, Any]:
+    def warm_up(self, timeout_s: float = 30.0, everything: bool = False) -> dict[str, Any]:
         """Have the Python kernel run something, so that a thawed machine's first cell finds its pages and its code in place.
 
         Args:
             timeout_s: how long that may take.
+            everything: complete, inspect, fail and draw too, which is worth it for a template.
 
         Raises:
             RpcError: it takes longer (code -32001), or there is no kernel.
@@ -287,7 +288,9 @@ class Agent:
 
         def run() -> None:
             if self._bridge is not None:
-                self._bridge.probe(warm.set, run=True)
+                for request in warm_up.EVERYTHING if everything else ():
+                    self._bridge.probe(lambda: None, request)
+                self._bridge.probe(warm.set, warm_up.RUN)
 
         self.call_soon(run)
         if not warm.wait(timeout_s):
@@ -320,7 +323,7 @@ class Agent:
             warm.set()
 
         if self._bridge is not None:
-            self._bridge.probe(done, run=True)
+            self._bridge.probe(done, warm_up.RUN)
 
     def _on_kernel_ended(self, how: dict[str, Any]) -> None:
         def tell() -> None:

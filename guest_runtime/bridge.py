@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from guest_runtime.kernel import address
+from guest_runtime.warm_up import Request
 from guest_runtime.wire import MAX_MESSAGE, MAX_PARTS, Channel
 
 DELIMITER = b"<IDS|MSG>"
@@ -22,6 +23,7 @@ MAX_QUEUED = 4 * 1024 * 1024
 BATCH = 64
 """Messages taken from one socket before the others have a turn."""
 RECEIVED_AHEAD = 32
+ASK: Request = ("kernel_info_request", {})
 LARGEST = MAX_MESSAGE - 4 * (MAX_PARTS + 1)
 """What fits on the connection, in bytes of all parts; the table of lengths comes on top."""
 
@@ -94,7 +96,7 @@ class Bridge:
 
     # ---- probes: requests of our own
 
-    def probe(self, on_done: Callable[[], None], *, run: bool = False) -> None:
+    def probe(self, on_done: Callable[[], None], request: Request = ASK) -> None:
         """Send a request of our own behind everything that was sent, and tell when its reply and its `idle` are back.
 
         By then everything before it is done and all output of that has passed; the host does not see the probe. One that was sent
@@ -102,20 +104,19 @@ class Bridge:
 
         Args:
             on_done: called then, from `from_kernel`.
-            run: have it run an empty statement silently, which loads what the first cell would otherwise wait for.
+            request: what to ask; the answer itself is dropped.
         """
         name = os.urandom(16).hex()
         header = {
             "msg_id": name,
-            "msg_type": "execute_request" if run else "kernel_info_request",
+            "msg_type": request[0],
             "session": name,
             "username": "agentvm",
             "version": "5.3",
             "date": "1970-01-01T00:00:00Z",
         }
-        content = {"code": "None", "silent": True, "store_history": False, "allow_stdin": False} if run else {}
         self._probes[name.encode()] = ({b"reply", b"idle"}, on_done)
-        self.to_kernel(Channel.SHELL, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()])
+        self.to_kernel(Channel.SHELL, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(request[1]).encode()])
 
     def _answers_probe(self, channel: int, parts: list[bytes]) -> bool:
         """Take a message out that answers a probe."""

@@ -26,7 +26,7 @@ from agentvm_kernel.image.spec import ImageSpec
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.image.tools import ToolError, chroot, run, terminable
 
-RECIPE = 3
+RECIPE = 4
 """Raised whenever the same spec must give another image than before."""
 
 OnProgress = Callable[[str, float, str], None]

@@ -19,6 +19,13 @@ _PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(36, 16, -1)), "
 _HINT = "Check the requirements in the spec (there must be wheels for them) and the network."
 _TRY_OTHERS = "Another version in the spec's requirements may help."
 _ROUNDS = 5
+_WARM = {
+    "matplotlib": "import matplotlib.font_manager",
+    # Completion: it parses the types of the standard library.
+    "jedi": "import jedi\nfor code in ('zi', 'import os.path; os.path.jo', 'import re, sys, json, typing; json.du'):"
+    " jedi.Interpreter(code, [{}]).complete()",
+}
+"""Code that fills a cache, by the package whose cache it is."""
 
 
 class PythonPackages:
@@ -97,9 +104,9 @@ class PythonPackages:
 
     def warm(self) -> None:
         """Let packages fill caches in the user's home that would cost seconds at the first start."""
-        if (self.site / "matplotlib").is_dir():
-            command = [f"/{PREFIX}/bin/python3", "-c", "import matplotlib.font_manager"]
-            chroot(self.root, command, _TRY_OTHERS, user=self.user)
+        for package, code in _WARM.items():
+            if (self.site / package).is_dir():
+                chroot(self.root, [f"/{PREFIX}/bin/python3", "-c", code], _TRY_OTHERS, user=self.user)
 
     def _pip(self, wanted: Sequence[str], options: Sequence[str], on_line: Callable[[str], None]) -> None:
         run(

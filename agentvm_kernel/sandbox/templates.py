@@ -86,6 +86,9 @@ async def settle(machine: Machine, *, timeout_s: float, on_progress: Progress = 
         state = await connection.call("kernel.wait", timeout_s=timeout_s)
         for module, problem in state.get("failed_preload", {}).items():
             log.warning("preload_failed", module=str(module)[:100], problem=str(problem)[:300])
+        on_progress("Warming the Python kernel up")
+        warm_up = {"everything": True, "timeout_s": timeout_s}
+        await connection.call("kernel.warm_up", warm_up, timeout_s=timeout_s)
         await connection.call("quiesce", timeout_s=timeout_s)
     finally:
         await connection.close()

@@ -144,6 +144,19 @@ async def test_a_cell_runs(runtime: Runtime) -> None:
     assert cell.reply["execution_count"] == 1  # the warm-up has not counted
 
 
+async def test_warming_everything_up_makes_completion_fast_and_leaves_no_trace(runtime: Runtime) -> None:
+    names = "print(sorted(n for n in globals() if not n.startswith('__')), In, hasattr(sys, 'last_value'))"
+    before = await runtime.run(f"import sys; {names}")
+    assert await runtime.connection.call("kernel.warm_up", {"everything": True}, timeout_s=TIMEOUT_S) == {"warm": True}
+    after = await runtime.run(names)
+    assert "agentvm" not in after.text
+    assert after.text.partition("]")[0] == before.text.partition("]")[0].replace("'_i1'", "'_i1', '_i2'")
+    assert after.text.endswith("False\n")
+    assert after.reply["execution_count"] == 2
+    loaded = await runtime.run("print('jedi' in sys.modules, 'stack_data' in sys.modules)")
+    assert loaded.text == "True True\n"
+
+
 async def test_the_users_code_does_not_see_the_runtime(runtime: Runtime) -> None:
     cell = await runtime.run(
         "import os, sys, importlib.util as u\n"
