@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from agentvm_kernel.sandbox.settings import IdlePolicy
+from agentvm_kernel.sandbox.settings import CellLimits, IdlePolicy
 from agentvm_kernel.transport.connection import GuestConnection
 
 OnProgress = Callable[[str], None]
@@ -44,6 +44,9 @@ class Lease(Protocol):
 
 class Backend(Protocol):
     """Where machines come from."""
+
+    def cell_limits(self) -> CellLimits:
+        """Return what a cell may use up. Raises ConfigError."""
 
     async def acquire(self, on_progress: OnProgress) -> Lease:
         """Lease a machine.

@@ -37,6 +37,7 @@ EXIT_GUEST_ENDED = 1
 EXIT_UNUSABLE = 2
 EXIT_PARENT_GONE = 3
 INTERRUPT_TIMEOUT_S = 5.0
+RESTART_TIMEOUT_S = 60.0
 # A machine from the pool is there before anyone would read a message; a cold boot deserves one.
 PROGRESS_AFTER_S = 2.0
 # The last output of a kernel that died may still be on its way.
@@ -87,6 +88,7 @@ class KernelApp:
         self._acquiring: asyncio.Task[None] | None = None
         self._idle: IdleWatch | None = None
         self._cells: HostCells | None = None
+        self._limited = False
         self._session_name = session_name
         self._stage = ""
         self._slow = False
@@ -145,6 +147,27 @@ class KernelApp:
         """Run a cell as planned."""
         self._spawn(self._host_cells().run(request))
 
+    def end_python(self, error: AgentVMError) -> None:
+        """End the guest's Python process and start another one, in the same machine."""
+        self._spawn(self._restart_python(error))
+
+    async def _restart_python(self, error: AgentVMError) -> None:
+        lease = self._lease
+        if lease is None:
+            return
+        try:
+            await lease.connection.call("kernel.restart", timeout_s=RESTART_TIMEOUT_S)
+        except AgentVMError as problem:
+            if self._lease is lease:
+                self._give_back(lease)
+                self._proxy.detach(MachineLost(f"{error.message} Its Python could not be ended: {problem.message}"))
+            return
+        if self._lease is lease:
+            self._proxy.detach(
+                error, notice="agentvm: the Python process was ended and started again, its variables are gone."
+            )
+            self._proxy.attach(lease.connection)
+
     def interrupt_cell(self) -> None:
         """Interrupt what the host does for a cell."""
         self._host_cells().interrupt()
@@ -155,7 +178,7 @@ class KernelApp:
             from agentvm_kernel.jupyter.magics.engine import HostCells
             from agentvm_kernel.jupyter.magics.notebook import Notebook
 
-            self._cells = HostCells(self._proxy, Notebook(self, self._backend, self._session_name))
+            self._cells = HostCells(self._proxy, Notebook(self, self._proxy, self._backend, self._session_name))
         return self._cells
 
     # ---- what magics ask for
@@ -164,6 +187,11 @@ class KernelApp:
     def lease(self) -> Lease | None:
         """The machine in use."""
         return self._lease
+
+    def pause(self) -> None:
+        """Pause the machine when no request is being answered any more; the next one wakes it."""
+        if self._idle is not None:
+            self._idle.pause_now()
 
     def use(self, lease: Lease) -> None:
         """Go on with another machine, in which everything is as the user wants it; the present one is given back."""
@@ -190,11 +218,17 @@ class KernelApp:
                 await lease.release()
                 return
             self._adopt(lease)
+            self._limit_cells()
             self._proxy.attach(lease.connection)
         finally:
             slow_start.cancel()
             self._slow = False
             self._acquiring = None
+
+    def _limit_cells(self) -> None:
+        if not self._limited:
+            self._proxy.guard.limits = self._backend.cell_limits()
+            self._limited = True
 
     def _adopt(self, lease: Lease) -> None:
         self._lease = lease

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agentvm_kernel.errors import AgentVMError, BootError, MachineError
 from agentvm_kernel.jupyter.backend import OnProgress
-from agentvm_kernel.sandbox.settings import IdlePolicy
+from agentvm_kernel.sandbox.settings import CellLimits, IdlePolicy, load_settings
 from agentvm_kernel.transport.address import UnixAddress
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
@@ -69,6 +69,10 @@ class LocalLease:
 
 class LocalBackend:
     """Starts a runtime process for every lease."""
+
+    def cell_limits(self) -> CellLimits:
+        """Return what a cell may use up. Raises ConfigError."""
+        return load_settings().cells
 
     async def acquire(self, on_progress: OnProgress) -> LocalLease:
         """Start `python -m guest_runtime.local` and connect to it. Raises BootError."""

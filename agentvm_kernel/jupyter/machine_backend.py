@@ -2,7 +2,7 @@
 
 from agentvm_kernel.jupyter.backend import Lease, OnProgress
 from agentvm_kernel.sandbox.lease import acquire
-from agentvm_kernel.sandbox.settings import load_settings
+from agentvm_kernel.sandbox.settings import CellLimits, load_settings
 
 
 class MachineBackend:
@@ -11,3 +11,7 @@ class MachineBackend:
     async def acquire(self, on_progress: OnProgress) -> Lease:
         """Lease a machine. Raises AgentVMError."""
         return await acquire(load_settings(), on_progress=on_progress)
+
+    def cell_limits(self) -> CellLimits:
+        """Return what a cell may use up. Raises ConfigError."""
+        return load_settings().cells

@@ -16,6 +16,7 @@ from typing import Any
 
 from agentvm_kernel.errors import AgentVMError, ConnectionClosed, MachineError, MachineLost
 from agentvm_kernel.jupyter import guest_messages
+from agentvm_kernel.jupyter.cell_guard import CellGuard
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
 from agentvm_kernel.jupyter.magics.names import mentions
@@ -55,6 +56,7 @@ class Proxy:
     Attributes:
         dropped: how many messages were dropped, by reason.
         plans_all: ask for a plan for every cell, not only for those that mention a host magic.
+        guard: limits what cells use up.
         next_count: what the guest's next cell will be counted as.
     """
 
@@ -62,6 +64,7 @@ class Proxy:
         self.dropped: Counter[str] = Counter()
         self.plans_all = False
         self.next_count = 1
+        self.guard = CellGuard(owner.call_later, lambda: owner.interrupt(lambda _: None), owner.end_python, self._tell)
         self._session = session
         self._outlet = outlet
         self._owner = owner
@@ -124,6 +127,8 @@ class Proxy:
         self.next_count = 1
         unfinished = self._requests.clear()
         for request in unfinished:
+            self.guard.ended(request)
+        for request in unfinished:
             # The cell that the host runs is answered by whoever runs it.
             if not request.is_part and request is not self._turns.host_cell:
                 self._fail(request, error)
@@ -149,12 +154,15 @@ class Proxy:
         request = self._turns.first_cell()
         if request is not None and self._shown != (request, text):
             self._shown = (request, text)
-            self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
+            self._tell(request, text)
 
     def tell_running(self, text: str) -> None:
         """Write a line to the standard error of every cell that is running."""
         for request in self._requests.running():
-            self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
+            self._tell(request, text)
+
+    def _tell(self, request: Request, text: str) -> None:
+        self._publish("stream", {"name": "stderr", "text": f"{text}\n"}, request)
 
     # ---- from clients
 
@@ -222,7 +230,7 @@ class Proxy:
         request.in_guest = True
         if self._notice and request.is_cell and not request.silent:
             self._set_status(request, Progress.BUSY)
-            self._publish("stream", {"name": "stderr", "text": f"{self._notice}\n"}, request)
+            self._tell(request, self._notice)
             self._notice = ""
         try:
             connection.send(GUEST_CHANNELS[request.channel], parts)
@@ -414,7 +422,13 @@ class Proxy:
                 self._drop("guest iopub", "execute_input that is not due")
                 return
             message.content["code"], request.code = request.code, None
-        self._publish(message.msg_type, message.content, request, guest_message=message)
+        if message.msg_type == "error":
+            self.guard.amend(request, message)
+        shown, word = self.guard.admits(request, message, sum(map(len, parts[3:])))
+        if shown:
+            self._publish(message.msg_type, message.content, request, guest_message=message)
+        if word:
+            self._tell(request, word)
         if self._connection is not None:
             self._valve.check(self._connection)
 
@@ -441,6 +455,8 @@ class Proxy:
         self._reply(request, message.msg_type, message.content, guest_message=message)
 
     def _cell_replied(self, request: Request, message: GuestMessage) -> None:
+        self.guard.amend(request, message)
+        self.guard.ended(request)
         count = message.content.get("execution_count")
         if request.in_turn and count is not None and message.content["status"] != "aborted":
             self.next_count = count + 1
@@ -469,6 +485,8 @@ class Proxy:
         if progress != request.progress + 1:
             return
         request.progress = progress
+        if request.is_cell and request.in_guest:
+            (self.guard.began if progress is Progress.BUSY else self.guard.finished)(request)
         if request.is_part:
             self._part_done(request)
             return

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from agentvm_kernel.errors import AgentVMError
 from agentvm_kernel.jupyter.connection_file import ConnectionInfo
 from agentvm_kernel.jupyter.requests import Request
 from agentvm_kernel.jupyter.wire import Buffer
@@ -43,6 +44,9 @@ class Owner(Protocol):
 
     def run_cell(self, request: Request) -> None:
         """Begin to run a cell that was planned; `run_part`, `publish` and then `end_cell` or `release_cell` follow."""
+
+    def end_python(self, error: AgentVMError) -> None:
+        """End the guest's Python process, answer what it was at with `error`, and start another one."""
 
     def interrupt_cell(self) -> None:
         """Interrupt what the host itself does for the cell that it runs."""

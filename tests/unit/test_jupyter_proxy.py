@@ -96,6 +96,7 @@ class Owner:
     def __init__(self):
         self.wanted = self.interrupts = self.shutdowns = self.cell_interrupts = 0
         self.cells = []
+        self.ended = []
 
     def machine_wanted(self):
         self.wanted += 1
@@ -118,6 +119,9 @@ class Owner:
 
     def interrupt_cell(self):
         self.cell_interrupts += 1
+
+    def end_python(self, error):
+        self.ended.append(error)
 
 
 class World:

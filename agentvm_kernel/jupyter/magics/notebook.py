@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 from agentvm_kernel.errors import MachineError
 from agentvm_kernel.jupyter.backend import Backend
 from agentvm_kernel.jupyter.backend import Lease as AnyLease
+from agentvm_kernel.jupyter.proxy import Proxy
 from agentvm_kernel.log import get_logger
-from agentvm_kernel.sandbox.settings import SandboxSettings, load_settings
+from agentvm_kernel.sandbox.settings import CellLimits, SandboxSettings, load_settings
 
 if TYPE_CHECKING:
     from agentvm_kernel.sandbox.lease import Lease
@@ -27,28 +28,49 @@ class Owner(Protocol):
     def use(self, lease: AnyLease) -> None:
         """Go on with another machine, and give the present one back."""
 
+    def pause(self) -> None:
+        """Pause the machine as soon as no request is being answered."""
+
 
 class Notebook:
     """What the magics of one notebook share.
 
     Args:
         owner: has the machine.
+        proxy: passes cells on.
         backend: where fresh machines come from.
         session: names this notebook's history.
 
     Attributes:
-        checkpoints: an automatic snapshot is made before each cell.
         checkpoint_costs: what the last ones cost, in seconds.
     """
 
-    def __init__(self, owner: Owner, backend: Backend, session: str) -> None:
-        self.checkpoints = False
+    def __init__(self, owner: Owner, proxy: Proxy, backend: Backend, session: str) -> None:
         self.checkpoint_costs: deque[float] = deque(maxlen=100)
         self._owner = owner
+        self._proxy = proxy
         self._backend = backend
         self._session = session
         self._settings: SandboxSettings | None = None
         self._travel: TimeTravel | None = None
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether an automatic snapshot is made before each cell."""
+        return self._proxy.plans_all
+
+    @checkpoints.setter
+    def checkpoints(self, wanted: bool) -> None:
+        self._proxy.plans_all = wanted
+
+    @property
+    def limits(self) -> CellLimits:
+        """What a cell may use up."""
+        return self._proxy.guard.limits
+
+    @limits.setter
+    def limits(self, limits: CellLimits) -> None:
+        self._proxy.guard.limits = limits
 
     @property
     def settings(self) -> SandboxSettings:
@@ -71,7 +93,7 @@ class Notebook:
             raise MachineError("There is no machine at present.", hint="The next cell gets a fresh one.")
         if not isinstance(lease, Lease):
             raise MachineError(
-                f"Cells run in {lease.description} here, and that can neither be frozen nor copied.",
+                f"There is no machine: cells run in {lease.description}.",
                 hint="Unset AGENTVM_LOCAL_RUNTIME to work in a machine.",
             )
         return lease
@@ -93,6 +115,11 @@ class Notebook:
     def use(self, lease: AnyLease) -> None:
         """Go on with another machine; the present one is given back."""
         self._owner.use(lease)
+
+    def pause(self) -> None:
+        """Pause the machine when this cell has ended. Raises MachineError where what runs the cells is no machine."""
+        if self.lease is not None:
+            self._owner.pause()
 
     async def fresh(self) -> AnyLease:
         """Return another machine, as at the start of the notebook. Raises AgentVMError."""

@@ -9,6 +9,7 @@ cells that mention a host magic.
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from IPython.core.inputtransformer2 import TRANSFORM_LOOP_LIMIT, TransformerManager
 
@@ -87,13 +88,11 @@ def _transform(cell: str) -> tuple[list[str], list[tuple[int, int]], list[str]]:
     """
     manager = TransformerManager()  # type: ignore[no-untyped-call]
     lines = (cell if cell.endswith("\n") else cell + "\n").splitlines(keepends=True)
-    clean: Transform
-    for clean in manager.cleanup_transforms:
+    for clean in cast(list[Transform], manager.cleanup_transforms):
         lines = clean(lines)
     source = lines
     origins = [(number, number + 1) for number in range(len(lines))]
-    transform: Transform
-    for transform in manager.line_transforms:
+    for transform in cast(list[Transform], manager.line_transforms):
         lines = transform(lines)
     if len(lines) != len(source):
         # A cell magic: all in one line.
