@@ -124,7 +124,6 @@ class Proxy:
         self._turns.clear()
         self._shown = None
         self._asking.clear()
-        self.next_count = 1
         unfinished = self._requests.clear()
         for request in unfinished:
             self.guard.ended(request)
@@ -135,6 +134,7 @@ class Proxy:
         for request in unfinished:
             if request.on_done is not None:
                 request.on_done(error)
+        self.next_count = 1
 
     def idle_since(self) -> float | None:
         """Return when the last request ended, on the monotonic clock; None while one is being answered."""
@@ -390,12 +390,13 @@ class Proxy:
     def _fail(self, request: Request, error: AgentVMError, *, ename: str = "") -> None:
         """Answer a request that the guest will not answer."""
         ename = ename or type(error).__name__
-        content = {"ename": ename, "evalue": str(error), "traceback": []}
+        content: dict[str, Any] = {"ename": ename, "evalue": str(error), "traceback": []}
         self._set_status(request, Progress.BUSY)
         if request.is_cell:
             content["traceback"] = [f"\x1b[0;31m{ename}\x1b[0m: {error}"]
             if not request.silent:
                 self._publish("error", content, request)
+            content["execution_count"] = self.next_count
         self._answer(request, {"status": "error", **content})
 
     # ---- from the guest

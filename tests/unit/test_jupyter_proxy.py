@@ -664,6 +664,7 @@ def test_interrupting_cells_that_wait_for_a_machine(waiting):
     waiting.ask("interrupt_request", channel="control")
     replies = {m.parent: m.content for m in waiting.outlet.take() if m.type == "execute_reply"}
     assert replies[first]["ename"] == "KeyboardInterrupt"
+    assert replies[first]["execution_count"] == 1  # required of every reply that is not aborted
     assert replies[second] == {"status": "aborted"}
     waiting.attach()
     assert [json.loads(parts[0])["msg_id"] for _, parts in waiting.guest.received] == [history]
