@@ -15,6 +15,8 @@ from agentvm_kernel.transport.connection import GuestConnection
 
 log = get_logger(__name__)
 
+SOON_S = 0.05
+
 WORKING_LOAD = 0.3
 """Load average of the last minute above which something works in the machine, although no cell does."""
 
@@ -97,7 +99,9 @@ class IdleWatch:
             if self._now.is_set():
                 if since is not None:
                     return
-            elif pause_s and idle_s >= pause_s:
+                await asyncio.sleep(SOON_S)
+                continue
+            if pause_s and idle_s >= pause_s:
                 if not await self._working():
                     return
                 idle_s = 0.0
@@ -108,8 +112,6 @@ class IdleWatch:
                 continue
 
     def _look_again_s(self, left_s: float) -> float | None:
-        if self._now.is_set():
-            return 0.05
         return max(left_s, 0.05) if self._lease.idle.pause_s else None
 
     async def _working(self) -> bool:

@@ -70,7 +70,7 @@ class HostCells:
         parts: list[Part] = request.plan if isinstance(request.plan, list) else []
         cell = self._cell = Cell(self._proxy, request, self.notebook)
         try:
-            if self.notebook.checkpoints and (not parts or any(isinstance(part, Code) for part in parts)):
+            if self.notebook.checkpoints and _changes_something(parts):
                 await self._checkpoint(cell)
             if not parts:
                 self._proxy.release_cell()
@@ -156,6 +156,12 @@ class HostCells:
         except (KeyError, TypeError, ValueError, SyntaxError, RecursionError):
             return line
         return text[:MAX_LINE] if isinstance(text, str) else line
+
+
+def _changes_something(parts: list[Part]) -> bool:
+    """Return whether the guest runs the user's code in a cell, and it does not move the machine elsewhere anyway."""
+    moves = any(isinstance(part, MagicPart) and part.name in ("restore", "undo") for part in parts)
+    return not parts or (not moves and any(isinstance(part, Code) for part in parts))
 
 
 def _shown(cell: Cell, error: Exception) -> dict[str, Any]:

@@ -114,6 +114,10 @@ class Notebook:
 
     def use(self, lease: AnyLease) -> None:
         """Go on with another machine; the present one is given back."""
+        from agentvm_kernel.sandbox.lease import Lease
+
+        if isinstance(lease, Lease):
+            lease.idle = self.settings.idle
         self._owner.use(lease)
 
     def pause(self) -> None:
