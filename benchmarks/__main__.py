@@ -109,10 +109,12 @@ def main() -> int:
     worse = harness.worse(results, before)
     OUT.mkdir(parents=True, exist_ok=True)
     text = harness.to_json(results)
-    LATEST.write_text(text)
-    (OUT / f"{results.machine['taken'].replace(':', '')}.json").write_text(text)
+    if not options.only:
+        LATEST.write_text(text)
+    path = OUT / f"{results.machine['taken'].replace(':', '')}.json"
+    path.write_text(text)
     (OUT / "report.html").write_text(report.as_html(results, before, worse))
-    print(f"\n{report.as_text(results)}\nAll runs: {LATEST}; charts: {OUT / 'report.html'}")
+    print(f"\n{report.as_text(results)}\nAll runs: {path}; charts: {OUT / 'report.html'}")
     if options.save_baseline:
         BASELINE.write_text(harness.to_baseline(results))
         print(f"Later runs are compared with this one ({BASELINE}).")

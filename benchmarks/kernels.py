@@ -1,7 +1,6 @@
 """Kernels to measure, started and asked through jupyter_client as any client does: bare ipykernel, ours, ours without a machine."""
 
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -107,6 +106,7 @@ class Kernels:
         write_kernel_spec(folder / BARE)
         kernelspec.write(folder / OURS, OURS)
         kernelspec.write(folder / LOCAL, LOCAL, {local_runtime.VARIABLE: "1"})
+        self._log = folder / "kernels.log"
         self._specs = KernelSpecManager(kernel_dirs=[str(folder)], ensure_native_kernel=False)
 
     def manager(self, name: str) -> KernelManager:
@@ -114,41 +114,40 @@ class Kernels:
         return KernelManager(kernel_name=name, kernel_spec_manager=self._specs)
 
     @contextmanager
-    def started(self, name: str, *, warm_up: int = 20) -> Iterator[Kernel]:
-        """Start a kernel, let it run some cells, and end it afterwards."""
+    def _running(self, name: str) -> Iterator[Kernel]:
         manager = self.manager(name)
-        manager.start_kernel(stderr=subprocess.DEVNULL)
+        with self._log.open("w") as log:
+            manager.start_kernel(stderr=log, stdout=log)
         client = manager.client()
         client.start_channels()
         try:
-            client.wait_for_ready(timeout=ANSWER_S)
-            kernel = Kernel(manager, client)
-            kernel.ask("import sys")
-            kernel.cells("pass", warm_up)
-            yield kernel
+            yield Kernel(manager, client)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error} (kernel {name} wrote: {self._log.read_text()[-500:].strip() or 'nothing'})") from error
         finally:
             client.stop_channels()
             manager.shutdown_kernel()
+
+    @contextmanager
+    def started(self, name: str, *, warm_up: int = 20) -> Iterator[Kernel]:
+        """Start a kernel, let it run some cells, and end it afterwards."""
+        with self._running(name) as kernel:
+            kernel.client.wait_for_ready(timeout=ANSWER_S)
+            kernel.cells("pass", warm_up)
+            yield kernel
 
     def start_time(self, name: str) -> float:
         """Return the seconds from start_kernel to the first execute_reply.
 
         The cell is sent at once, as a notebook does that runs all cells: wait_for_ready would add a constant of its own to both sides.
         """
-        manager = self.manager(name)
         began = time.perf_counter()
-        manager.start_kernel(stderr=subprocess.DEVNULL)
-        client = manager.client()
-        client.start_channels()
-        try:
-            reply = client.execute("1 + 1", reply=True, timeout=ANSWER_S)
+        with self._running(name) as kernel:
+            reply = kernel.client.execute("1 + 1", reply=True, timeout=ANSWER_S)
             elapsed = time.perf_counter() - began
             if reply["content"]["status"] != "ok":
-                raise RuntimeError(f"the first cell of {name} failed: {reply['content']}")
+                raise RuntimeError(f"the first cell failed: {reply['content']}")
             return elapsed
-        finally:
-            client.stop_channels()
-            manager.shutdown_kernel()
 
 
 @contextmanager
