@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentvm_kernel import paths
-from benchmarks import cells, harness, proxy, report
-from benchmarks.goals import GOALS
+from benchmarks import cells, harness, machines, proxy, report, starts, travel
 from benchmarks.harness import Figure, Plan, Results, Table
 from benchmarks.kernels import Kernels, kernels
 
@@ -44,8 +43,14 @@ class Group:
 
 
 GROUPS = (
-    Group(("proxy_ratio", "proxy_stdout_ratio", "proxy_bulk_ratio"), proxy.measure, 120),
-    Group(("cell_ratio", "stdout_ratio"), cells.measure, 240),
+    Group(("start_clone_ratio", "start_pool_ratio", "pool_acquire_ms"), starts.measure, 260),
+    Group(("cell_ratio", "stdout_ratio"), cells.measure, 180),
+    Group(("proxy_ratio", "proxy_stdout_ratio", "proxy_bulk_ratio"), proxy.measure, 90),
+    Group(("clone_pss_mib", "idle_cpu_percent", "paused_cpu_percent"), machines.measure, 90),
+    Group(("snapshot_s", "restore_s"), travel.measure, 120),
+    Group(("restore_vs_libvirt",), travel.measure_against_libvirt, 150),
+    Group(("fork10_s",), travel.measure_forks, 110),
+    Group(("snapshot_sizes",), travel.measure_sizes, 110),
 )
 
 
@@ -90,7 +95,9 @@ def chosen(only: str) -> tuple[Group, ...]:
     wanted = {key for key in only.replace(",", " ").split() if key}
     known = {key for group in GROUPS for key in group.keys}
     if wanted - known:
-        raise SystemExit(f"There is no figure {', '.join(sorted(wanted - known))}. Choose of: {', '.join(sorted(known))}.")
+        raise SystemExit(
+            f"There is no figure {', '.join(sorted(wanted - known))}. Choose of: {', '.join(sorted(known))}."
+        )
     return tuple(group for group in GROUPS if not wanted or wanted & set(group.keys))
 
 
@@ -103,7 +110,9 @@ def main() -> int:
     parser.add_argument("--save-baseline", action="store_true", help="let later runs be compared with this one")
     options = parser.parse_args()
     use_own_folders()
-    results = take(chosen(options.only), Plan(quick=options.quick), lambda text: print(text, file=sys.stderr, flush=True))
+    results = take(
+        chosen(options.only), Plan(quick=options.quick), lambda text: print(text, file=sys.stderr, flush=True)
+    )
 
     before = harness.read_baseline(BASELINE)
     worse = harness.worse(results, before)

@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 
-from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.blocking.client import BlockingKernelClient as Client
 
 WAIT_S = 300
 
 
-def texts(client, asked):
+def texts(client: Client, asked: str) -> Iterator[str]:
     while True:
         message = client.get_iopub_msg(timeout=WAIT_S)
         if message["parent_header"].get("msg_id") != asked:
@@ -25,12 +26,12 @@ def texts(client, asked):
             return
 
 
-def reply(client, asked):
+def reply(client: Client, asked: str) -> None:
     while client.get_shell_msg(timeout=WAIT_S)["parent_header"].get("msg_id") != asked:
         pass
 
 
-def cells(client, code, count):
+def cells(client: Client, code: str, count: int) -> list[float]:
     times = []
     for _ in range(count):
         began = time.perf_counter()
@@ -42,7 +43,7 @@ def cells(client, code, count):
     return times
 
 
-def printed(client, code, size):
+def printed(client: Client, code: str, size: int) -> list[float]:
     began = time.perf_counter()
     asked = client.execute(code)
     received = sum(map(len, texts(client, asked)))
@@ -52,9 +53,9 @@ def printed(client, code, size):
     return [size / 1e6 / elapsed]
 
 
-def measure(connection_file, code, count, size):
+def measure(connection_file: str, code: str, count: int, size: int) -> list[float]:
     # A second subscriber would slow down what is measured from outside: this one stays only as long as it is needed.
-    client = BlockingKernelClient(connection_file=connection_file)
+    client = Client(connection_file=connection_file)
     client.load_connection_file()
     client.start_channels()
     try:
@@ -67,7 +68,7 @@ def measure(connection_file, code, count, size):
         client.stop_channels()
 
 
-def main():
+def main() -> None:
     connection_file, folder = sys.argv[1:]
     for line in sys.stdin:
         number, code, count, size = json.loads(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ipykernel.kernelspec import write_kernel_spec
-from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 
@@ -123,7 +123,9 @@ class Kernels:
         try:
             yield Kernel(manager, client)
         except RuntimeError as error:
-            raise RuntimeError(f"{error} (kernel {name} wrote: {self._log.read_text()[-500:].strip() or 'nothing'})") from error
+            raise RuntimeError(
+                f"{error} (kernel {name} wrote: {self._log.read_text()[-500:].strip() or 'nothing'})"
+            ) from error
         finally:
             client.stop_channels()
             manager.shutdown_kernel()

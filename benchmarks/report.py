@@ -9,7 +9,8 @@ from benchmarks.harness import Baseline, Figure, Results, Table
 WIDTH, HEIGHT = 800, 60
 STYLE = """
 body { font: 15px/1.4 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-svg { width: 100% } table { border-collapse: collapse; width: 100% } td, th { padding: .3em .6em; text-align: left; border-bottom: 1px solid #ddd }
+svg { width: 100% } table { border-collapse: collapse; width: 100% }
+td, th { padding: .3em .6em; text-align: left; border-bottom: 1px solid #ddd }
 td.number { text-align: right; font-variant-numeric: tabular-nums } .met { color: #1b7f3b } .short { color: #b00020; font-weight: bold }
 small { color: #666 } h3 { margin-bottom: 0 }
 """
