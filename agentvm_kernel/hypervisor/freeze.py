@@ -19,6 +19,7 @@ from typing import Any
 import libvirt
 
 from agentvm_kernel.errors import SnapshotError
+from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import give, read_untrusted, write_private
 from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.memory import content_digest, memory_mode, seal, sources, stamp
@@ -125,7 +126,7 @@ def freeze_live(
                 machine, capture, lambda: _switch_disk(machine, next_overlay, layer_path(layer)), resume
             )
             pause_s = time.monotonic() - began
-            parent, deltas = _parent(str(about.get("after", "")), base)
+            parent, deltas = _parent(machine.hypervisor, str(about.get("after") or machine.tags.template), base)
             pages = write_changes(folder / "delta", capture, base.memory, [one.delta for one in deltas])
         finally:
             capture.close()
@@ -184,24 +185,25 @@ def _stand_still(machine: Machine, capture: Capture, switch_disk: Callable[[], N
     log.debug(
         "machine_stood_still",
         machine=machine.name,
-        **{f"{step}_ms": round((end - start) * 1000) for step, start, end in zip(steps, times, times[1:], strict=False)},
+        **{
+            f"{step}_ms": round((end - start) * 1000) for step, start, end in zip(steps, times, times[1:], strict=False)
+        },
     )
     return state
 
 
-def _parent(after: str, base: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
+def _parent(hypervisor: Hypervisor, after: str, base: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
     """Return the snapshot to write a delta against, and what comes on top of the memory of `base` there, newest first.
 
     What came before in the history has most pages in common, but it must rest on the same memory file.
     """
-    if after:
-        try:
-            before = load(after)
-            rests_on, above = sources(before)
-            if rests_on.id == base.id:
-                return before, above
-        except SnapshotError as error:
-            log.debug("no_parent", snapshot=after, error=str(error))
+    try:
+        before = load(after)
+        rests_on, above = sources(hypervisor, before)
+        if rests_on.id == base.id:
+            return before, above
+    except SnapshotError as error:
+        log.debug("no_parent", snapshot=after, error=str(error))
     return base, []
 
 

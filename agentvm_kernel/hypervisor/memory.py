@@ -30,14 +30,14 @@ DIGEST_BLOCK = 1 << 16
 _FILES = ("memory", "delta", "state")
 
 
-def sources(snapshot: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
+def sources(hypervisor: Hypervisor, snapshot: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
     """Return the nearest snapshot with a memory file, and those whose deltas come on top of it, newest first; all sure to be unchanged.
 
     Raises:
         SnapshotMismatchError: a file is not what was frozen.
         SnapshotError: one is missing or damaged.
     """
-    _verify(snapshot, ("state",))
+    _verify(hypervisor, snapshot, ("state",))
     above: list[Snapshot] = []
     base = snapshot
     while not base.memory.exists():
@@ -46,8 +46,8 @@ def sources(snapshot: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
         above.append(base)
         base = load(base.parent)
     for one in above:
-        _verify(one, ("delta",))
-    _verify(base, ("memory",))
+        _verify(hypervisor, one, ("delta",))
+    _verify(hypervisor, base, ("memory",))
     return base, above
 
 
@@ -59,7 +59,7 @@ def ensure_memory(hypervisor: Hypervisor, snapshot: Snapshot) -> Path:
         SnapshotError: one is missing or damaged.
     """
     with locked(snapshot.folder / "lock"):
-        base, above = sources(snapshot)
+        base, above = sources(hypervisor, snapshot)
         if above:
             began = time.monotonic()
             partial = snapshot.folder / f".memory-{os.getpid()}"
@@ -84,8 +84,7 @@ def absorb(child: Snapshot, parent: Snapshot) -> Snapshot:
     Raises:
         SnapshotError: one of them is damaged.
     """
-    settle(child)
-    child = load(child.id)
+    child = replace(child, digests=_all_digests(child))
     with locked(child.folder / "lock"):
         if parent.parent:
             partial = child.folder / f".delta-{os.getpid()}"
@@ -121,15 +120,17 @@ def settle(snapshot: Snapshot) -> Snapshot:
     Raises:
         SnapshotMismatchError: a file changed meanwhile.
     """
+    digests = _all_digests(snapshot)
+    return snapshot if digests == snapshot.digests else update(snapshot, digests=digests)
+
+
+def _all_digests(snapshot: Snapshot) -> dict[str, str]:
     names = [name for name in ("state", "delta") if name not in snapshot.digests and (snapshot.folder / name).exists()]
-    if not names:
-        return snapshot
-    if not _stamped(snapshot, names):
+    if names and not _stamped(snapshot, names):
         raise SnapshotMismatchError(
             f"Files of snapshot {snapshot.name or snapshot.id} changed before they were digested."
         )
-    digests = {name: content_digest(snapshot.folder / name) for name in names}
-    return update(snapshot, digests=snapshot.digests | digests)
+    return snapshot.digests | {name: content_digest(snapshot.folder / name) for name in names}
 
 
 def memory_mode(hypervisor: Hypervisor) -> int:
@@ -174,12 +175,14 @@ def _stamped(snapshot: Snapshot, names: Iterable[str]) -> bool:
         return False
 
 
-def _verify(snapshot: Snapshot, names: tuple[str, ...]) -> None:
+def _verify(hypervisor: Hypervisor, snapshot: Snapshot, names: tuple[str, ...]) -> None:
     """Make sure that files are what was frozen; where the stamps do not say so (a backup was put back, say), the digests have to."""
     if _stamped(snapshot, names):
         return
     for name in names:
         _check_digest(snapshot, name)
+        if name == "memory":
+            seal(hypervisor, snapshot.memory, memory_mode(hypervisor))
     stamp_only = [name for name in _FILES if (snapshot.folder / name).exists()]
     if all(name in names or _stamped(snapshot, (name,)) for name in stamp_only):
         stamp(snapshot.folder)

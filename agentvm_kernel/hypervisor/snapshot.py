@@ -161,8 +161,15 @@ class Snapshot:
             if not all(SNAPSHOT_ID.fullmatch(text) for text in ids):
                 raise ValueError("an id is malformed")
             for entry in fields(cls):
-                if entry.type in (str, int, bool) and type(getattr(snapshot, entry.name)) is not entry.type:
+                value = getattr(snapshot, entry.name)
+                if (
+                    type(value) is not entry.type
+                    and not (entry.type is float and type(value) is int)
+                    and entry.name != "digests"
+                ):
                     raise ValueError(f"{entry.name} is of a wrong kind")
+            if not all(type(text) is str for pair in snapshot.digests.items() for text in pair):
+                raise ValueError("digests are of a wrong kind")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a snapshot's metadata: {error}") from error
         return snapshot

@@ -48,7 +48,7 @@ def thaw(
     require_thawable(hypervisor, snapshot)
     if hypervisor.memory_is_closed:
         ensure_memory(hypervisor, snapshot)
-    base, above = sources(snapshot)
+    base, above = sources(hypervisor, snapshot)
     files = MachineFiles.of(name or new_name())
     tags = Tags(
         owner=Owner.current(),

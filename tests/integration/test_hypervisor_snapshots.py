@@ -4,19 +4,23 @@ import contextlib
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from toy_guest import COUNTER, MIRROR, counter, wait_until_counting
 
 from agentvm_kernel.errors import HostError, SnapshotError, SnapshotMismatchError
+from agentvm_kernel.hypervisor import garbage
 from agentvm_kernel.hypervisor import snapshot as store
 from agentvm_kernel.hypervisor.files import machines_dir, read_untrusted
 from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
+from agentvm_kernel.hypervisor.garbage import collect, collect_garbage, delete, remove
 from agentvm_kernel.hypervisor.machine import Machine, MachineState, boot_machine
+from agentvm_kernel.hypervisor.memory import content_digest, ensure_memory, settle, sources
 from agentvm_kernel.hypervisor.pages import find_mappings
 from agentvm_kernel.hypervisor.qcow2 import backing_file
-from agentvm_kernel.hypervisor.snapshot import Snapshot, collect_garbage, delete, ensure_memory, list_all, load
+from agentvm_kernel.hypervisor.snapshot import Snapshot, list_all, load, update
 from agentvm_kernel.hypervisor.thaw import thaw
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
@@ -152,7 +156,6 @@ def test_snapshots_of_snapshots_form_a_tree(template, thawed):
     machine.resume()
     second, third = freeze_live(machine, name="second"), freeze_live(machine, name="third")
     assert [second.parent, third.parent] == [first.id, first.id]
-    assert {child.id for child in store.children(first.id)} == {second.id, third.id}
     deepest = thawed(third)
     deepest.resume()
     assert _counts_on(deepest, counter(thawed(second)))
@@ -167,20 +170,153 @@ def test_deleting_a_snapshot_keeps_what_its_children_need(template, thawed, hype
     machine = thawed(template)
     middle = freeze_live(machine, name="middle")
     with pytest.raises(SnapshotError, match=rf"in use by {machine.name}"):
-        delete(hypervisor, template)
+        delete(template)
     leaf_maker = thawed(middle)
     leaf = freeze_live(leaf_maker, name="leaf")
     value = counter(leaf_maker)
     for each in (machine, leaf_maker):
         each.destroy()
-    delete(hypervisor, middle)
-    delete(hypervisor, template)
-    left = load(leaf.id)
-    assert list_all() == [left]
-    assert left.is_template
-    assert counter(thawed(left)) == value
+    delete(middle)
+    assert load(leaf.id).parent == template.id
+    assert counter(thawed(load(leaf.id))) == value
+    with contextlib.suppress(SnapshotError):
+        delete(template)  # the machine just thawed maps its memory
+    assert load(template.id) == template
     with pytest.raises(SnapshotError, match="There is no snapshot"):
         load(middle.id)
+
+
+def test_the_last_snapshot_of_a_deleted_template_has_all_of_its_memory(template, hypervisor):
+    maker = thaw(hypervisor, template)
+    leaf = freeze_live(maker, name="leaf")
+    value = counter(maker)
+    maker.destroy()
+    delete(template)
+    left = load(leaf.id)
+    assert (left.parent, left.pages, left.is_template) == ("", 0, False)
+    again = thaw(hypervisor, left)
+    assert counter(again) == value
+    again.destroy()
+
+
+def test_a_snapshot_is_written_against_the_one_before_it_in_its_history(template, thawed, hypervisor):
+    machine = thawed(template)
+    machine.resume()
+    made = []
+    for number in range(4):
+        assert _counts_on(machine, counter(machine))
+        made.append(freeze_live(machine, name=f"n{number}", session="s", after=made[-1].id if made else ""))
+    machine.pause()
+    assert [one.parent for one in made] == [template.id, *(one.id for one in made[:-1])]
+    assert max(one.pages for one in made[1:]) < made[0].pages
+    base, above = sources(hypervisor, made[-1])
+    assert (base.id, [one.id for one in above]) == (template.id, [one.id for one in reversed(made)])
+    values = [counter(thawed(one)) for one in made]
+    assert values == sorted(set(values))
+    # What a machine that was filled from the chain has is what a file built of it has.
+    last = thawed(made[-1])
+    further = freeze_live(last, session="s", after=made[-1].id)
+    assert further.parent == made[-1].id
+    assert further.pages < 10
+    for one in (made[-1], further):
+        with open(ensure_memory(hypervisor, one), "rb") as memory:
+            memory.seek(COUNTER)
+            assert int.from_bytes(memory.read(4), "little", signed=True) == values[-1]
+    # With a memory file of its own it is mapped, and the next one rests on that.
+    mapped = thawed(further)
+    assert mapped.memory_of == further.id
+    assert counter(mapped) == values[-1]
+
+
+def test_deleting_from_the_middle_of_a_chain_merges(template, thawed, hypervisor):
+    machine = thawed(template)
+    made, values = [], []
+    for _ in range(5):
+        machine.resume()
+        assert _counts_on(machine, counter(machine))
+        machine.pause()
+        values.append(counter(machine))
+        made.append(freeze_live(machine, session="s", after=made[-1].id if made else ""))
+    for number in (3, 1, 0):
+        delete(load(made[number].id))
+    left = [load(made[number].id) for number in (2, 4)]
+    assert [one.parent for one in left] == [template.id, left[0].id]
+    assert [one.after for one in left] == ["", left[0].id]
+    assert [counter(thawed(one)) for one in left] == [values[2], values[4]]
+
+
+def test_where_qemus_memory_is_closed_to_us_a_file_is_built(template, thawed, hypervisor, monkeypatch):
+    machine = thawed(template)
+    machine.resume()
+    assert _counts_on(machine, 0)
+    machine.pause()
+    frozen = freeze_live(machine)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("agentvm_kernel.hypervisor.thaw.apply_to_process", refuse)
+    for _ in range(2):
+        again = thawed(frozen)
+        assert again.memory_of == frozen.id
+        assert counter(again) == counter(machine)
+    assert hypervisor.memory_is_closed
+
+
+def test_hazard_8_a_changed_delta_is_noticed_with_and_without_its_digest(template, thawed):
+    machine = thawed(template)
+    machine.resume()
+    assert _counts_on(machine, 0)
+    for settled in (False, True):
+        frozen = freeze_live(machine)
+        if settled:
+            frozen = settle(frozen)
+            assert set(frozen.digests) == {"state", "delta"}
+        frozen.delta.chmod(0o600)
+        with open(frozen.delta, "r+b") as file:
+            file.seek(5000)
+            file.write(b"tampered")
+        with pytest.raises(SnapshotMismatchError, match=r"not the one that was frozen"):
+            thawed(frozen)
+        with pytest.raises(SnapshotMismatchError, match=r"changed|not the one"):
+            settle(replace(frozen, digests={}))
+
+
+def test_what_a_session_leaves_is_collected_but_not_what_was_exported(template, hypervisor, monkeypatch):
+    monkeypatch.setattr(garbage, "UNFINISHED_S", -1)
+    machine = thaw(hypervisor, template)
+    kept, ended, hidden, living = (
+        freeze_live(machine, name=name, session="s") for name in ("kept", "ended", "hidden", "living")
+    )
+    gone = {"owner_pid": 1, "owner_start": 12345}
+    update(kept, exported=True, **gone)
+    update(ended, **gone)
+    remove(hidden)
+    update(living, name="living")
+    assert collect() == []  # a session that ended a moment ago may be a kernel that is being restarted
+    monkeypatch.setattr(garbage, "RESTART_S", -1)
+    assert collect()[0] == ended.id
+    assert {one.name for one in list_all() if not one.is_template} == {"kept", "living"}
+    in_use = thaw(hypervisor, load(living.id))
+    remove(living)
+    assert load(living.id).name == ""
+    assert collect() == []
+    for each in (machine, in_use):
+        each.destroy()
+    assert living.id in collect()
+    assert {one.name for one in list_all() if not one.is_template} == {"kept"}
+
+
+def test_metadata_of_an_older_version_are_read(template):
+    import json
+
+    values = json.loads((template.folder / "snapshot.json").read_bytes())
+    for name in ("session", "after", "automatic", "exported", "owner_pid", "owner_start", "hostname"):
+        del values[name]
+    assert Snapshot.from_json(json.dumps(values).encode()) == template
+    for wrong in ({"exported": 1}, {"name": ["x"]}, {"after": "../.."}, {"created": "now"}):
+        with pytest.raises(ValueError, match=r"wrong kind|malformed"):
+            Snapshot.from_json(json.dumps(values | wrong).encode())
 
 
 def test_layers_that_nobody_needs_are_removed_but_not_those_just_made(template, hypervisor, monkeypatch):
@@ -188,7 +324,7 @@ def test_layers_that_nobody_needs_are_removed_but_not_those_just_made(template, 
     shutil.copy(template.disk, lonely)
     partial.mkdir()
     assert collect_garbage() == []
-    monkeypatch.setattr(store, "UNFINISHED_S", -1)
+    monkeypatch.setattr(garbage, "UNFINISHED_S", -1)
     assert set(collect_garbage()) == {lonely.name, partial.name}
     assert template.disk.exists()
 
@@ -201,7 +337,7 @@ def test_a_freeze_that_fails_leaves_no_snapshot_and_a_machine_that_runs(template
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("agentvm_kernel.hypervisor.freeze.write_delta", fail)
+        patch.setattr("agentvm_kernel.hypervisor.freeze.write_changes", fail)
         with pytest.raises(OSError, match="No space"):
             freeze_live(machine)
     assert machine.state is MachineState.RUNNING
@@ -261,7 +397,7 @@ def test_a_state_that_qemu_cannot_load_is_an_error_and_leaves_no_machine(templat
     path = template.state
     path.chmod(0o600)
     path.write_bytes(path.read_bytes()[:2000])
-    changed = template.digests | {"state": store.content_digest(path)}
+    changed = template.digests | {"state": content_digest(path)}
     (template.folder / "snapshot.json").write_bytes(store.replace(template, digests=changed).to_json())
     with pytest.raises(Exception, match=r"could not load|ended|QEMU"):
         thawed(load(template.id))
