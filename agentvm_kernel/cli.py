@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from agentvm_kernel import __version__
-from agentvm_kernel.commands import destroy, doctor, image, install, logs, pool, run, status, version
+from agentvm_kernel.commands import destroy, doctor, image, install, logs, pool, run, status, template, version
 from agentvm_kernel.commands import list as list_command
 from agentvm_kernel.errors import AgentVMError
 
@@ -39,6 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     logs,
     destroy,
     image,
+    template,
     pool,
     doctor,
     version,

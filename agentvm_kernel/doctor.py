@@ -66,6 +66,7 @@ def examine() -> list[Row]:
         "folders": check_folders,
         "disk space": check_space,
         "guest image": partial(check_image, settings),
+        "template": partial(check_template, settings),
         "image tools": check_build_tools,
         "kernelspec": check_kernelspec,
     }
@@ -222,6 +223,24 @@ def check_image(settings: "SandboxSettings") -> Row:
     return Row(
         "guest image", "ok", f"{image.name} ({image.digest[:12]}), Python {image.python_version}, {image.folder}"
     )
+
+
+def check_template(settings: "SandboxSettings") -> Row:
+    """The template that machines are thawed from is there; without it the first notebook waits for it to be built."""
+    mend = f"{Path(sys.prefix) / 'bin/agentvm'} template build"
+    try:
+        from agentvm_kernel.hypervisor.connection import Hypervisor
+        from agentvm_kernel.image import store
+        from agentvm_kernel.sandbox import templates
+
+        image = store.find(settings.image)
+        with Hypervisor(settings.uri) as hypervisor:
+            template = templates.find(hypervisor, image, settings.profile)
+    except (ImportError, AgentVMError):
+        return Row("template", "warn", "not known as long as libvirt does not answer or the guest image is missing")
+    if template is None:
+        return Row("template", "warn", f"none for {image.name}, {settings.profile}: the first cell waits for it", mend)
+    return Row("template", "ok", f"{template.id} ({image.name}, {settings.profile})")
 
 
 def check_build_tools() -> Row:

@@ -105,7 +105,10 @@ def remove(name: str, *, in_use: Collection[str] = ()) -> Image:
     image = find(name)
     title = f"{image.name} ({image.digest[:12]})"
     if image.digest in in_use:
-        raise ImageError(f"Image {title} is in use by a machine or snapshot.", hint="See them with: agentvm list")
+        raise ImageError(
+            f"Image {title} is in use by a machine or snapshot.",
+            hint="`agentvm list` and `agentvm template list` show which.",
+        )
     try:
         (image.folder / MANIFEST).unlink()  # first, so that nobody finds half an image
         shutil.rmtree(image.folder)

@@ -123,8 +123,12 @@ class Keeper:
             hypervisor = await self._connect(config.uri)
             image = store.find(config.image)
             _require_space(config.profile)
-            template = await templates.ensure(hypervisor, image, config.profile, timeout_s=BOOT_TIMEOUT_S)
-            await prepare(hypervisor, template, pool.key(image, config.profile, hypervisor.uri))
+            key = pool.key(image, config.profile, hypervisor.uri)
+
+            async def prepared(template: Snapshot) -> Machine:
+                return await prepare(hypervisor, template, key)
+
+            await templates.use(hypervisor, image, config.profile, prepared, timeout_s=BOOT_TIMEOUT_S)
         except (AgentVMError, OSError) as error:
             self._note(str(error))
             log.warning("pool_not_filled", error=str(error))

@@ -135,11 +135,14 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
     lease = await _from_pool(hypervisor, image, settings.profile)
     if lease is None:
         await _wait_for_room(settings.acquire_timeout_s, say)
-        template = await templates.ensure(
-            hypervisor, image, settings.profile, timeout_s=settings.boot_timeout_s, on_progress=say
+
+        async def thawed(template: Snapshot) -> Lease:
+            say("Thawing a machine")
+            return await from_snapshot(hypervisor, template)
+
+        lease = await templates.use(
+            hypervisor, image, settings.profile, thawed, timeout_s=settings.boot_timeout_s, on_progress=say
         )
-        say("Thawing a machine")
-        lease = await from_snapshot(hypervisor, template)
         asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
     lease.idle = settings.idle
     return lease

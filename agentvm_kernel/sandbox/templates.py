@@ -8,15 +8,17 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import TypeVar
 
 from agentvm_kernel import paths
-from agentvm_kernel.errors import AgentVMError, BootError
+from agentvm_kernel.errors import AgentVMError, BootError, SnapshotError
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import freeze_template
 from agentvm_kernel.hypervisor.machine import Machine, boot_machine
-from agentvm_kernel.hypervisor.snapshot import Snapshot, find_template
+from agentvm_kernel.hypervisor.memory import sources
+from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, list_all
 from agentvm_kernel.image.initramfs import runtime_digest
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
@@ -26,25 +28,48 @@ from agentvm_kernel.transport.host import vsock_available
 log = get_logger(__name__)
 
 Progress = Callable[[str], None]
+Made = TypeVar("Made")
 CONSOLE_LINES = 20
 
 
-def find(hypervisor: Hypervisor, image: Image, profile: str) -> Snapshot | None:
-    """Return the template for this image and profile on this host, None where it has to be built. Blocks."""
-    return find_template(
-        hypervisor,
-        profile=profile,
-        accelerator=accelerator.choose().kind,
-        image=image.digest,
-        runtime=runtime_digest(),
-        vsock=vsock_available(),
-    )
+def find(hypervisor: Hypervisor, image: Image, profile: str, *, without: Collection[str] = ()) -> Snapshot | None:
+    """Return the newest template for this image and profile on this host, None where it has to be built. Blocks.
+
+    Args:
+        hypervisor: whose QEMU shall thaw it.
+        image: that it is a boot of.
+        profile: name of its resource profile.
+        without: ids of templates that turned out to be unusable.
+    """
+    for snapshot in reversed(list_all()):
+        wanted = (image.digest, profile) == (snapshot.hardware.image, snapshot.hardware.profile)
+        if snapshot.is_template and wanted and snapshot.id not in without and not obstacles(hypervisor, snapshot):
+            return snapshot
+    return None
+
+
+def obstacles(hypervisor: Hypervisor, template: Snapshot) -> list[str]:
+    """Return in words why no more machines are thawed from a template; empty when it may be used."""
+    hardware, found = template.hardware, []
+    if hardware.runtime != runtime_digest():
+        found.append("the guest runtime in it is another version")
+    if hardware.accelerator != (here := accelerator.choose().kind):
+        found.append(f"it is for {hardware.accelerator}, here is {here}")
+    if hardware.vsock != vsock_available():
+        found.append(f"it has {'a' if hardware.vsock else 'no'} vsock")
+    return found or differences(hypervisor, template)
 
 
 async def ensure(
-    hypervisor: Hypervisor, image: Image, profile: str, *, timeout_s: float, on_progress: Progress = lambda text: None
+    hypervisor: Hypervisor,
+    image: Image,
+    profile: str,
+    *,
+    timeout_s: float,
+    on_progress: Progress = lambda text: None,
+    without: Collection[str] = (),
 ) -> Snapshot:
-    """Return the template for this image and profile, built unless it is there. Several processes that want it build it once.
+    """Return the template for this image and profile, built unless it is there and undamaged. Several processes that want it build it once.
 
     Args:
         hypervisor: where.
@@ -52,15 +77,16 @@ async def ensure(
         profile: name of the resource profile.
         timeout_s: how long the guest may take to boot.
         on_progress: called with a short sentence at each stage.
+        without: ids of templates that turned out to be unusable.
 
     Raises:
         AgentVMError: it cannot be built; the message says why.
     """
-    if (ready := await asyncio.to_thread(find, hypervisor, image, profile)) is not None:
+    if (ready := await asyncio.to_thread(_find_sound, hypervisor, image, profile, without)) is not None:
         return ready
     on_progress("Waiting for another process that builds the template")
     async with _locked():
-        if (ready := await asyncio.to_thread(find, hypervisor, image, profile)) is not None:
+        if (ready := await asyncio.to_thread(_find_sound, hypervisor, image, profile, without)) is not None:
             return ready
         on_progress("Booting a machine to make a template of, which is done once")
         machine = await asyncio.to_thread(boot_machine, hypervisor, image, profile, template=True)
@@ -72,6 +98,67 @@ async def ensure(
             explained = await asyncio.to_thread(explain_boot, machine, error)
             await asyncio.to_thread(machine.release)
             raise explained from error
+
+
+async def use(
+    hypervisor: Hypervisor,
+    image: Image,
+    profile: str,
+    thaw: Callable[[Snapshot], Awaitable[Made]],
+    *,
+    timeout_s: float,
+    on_progress: Progress = lambda text: None,
+) -> Made:
+    """Return what `thaw` makes of the template for this image and profile. One that QEMU cannot load is deleted and built anew, once.
+
+    Args:
+        hypervisor: where.
+        image: what to boot.
+        profile: name of the resource profile.
+        thaw: given the template; raises SnapshotError where that cannot be thawed.
+        timeout_s: how long the guest may take to boot.
+        on_progress: called with a short sentence at each stage.
+
+    Raises:
+        AgentVMError: there is no template to be had, or `thaw` failed.
+    """
+    template = await ensure(hypervisor, image, profile, timeout_s=timeout_s, on_progress=on_progress)
+    try:
+        return await thaw(template)
+    except (SnapshotError, FileNotFoundError) as error:
+        log.warning("template_unusable", template=template.id, error=str(error))
+    on_progress("Building the template anew, since the old one is damaged")
+    await asyncio.to_thread(_discard, template)
+    template = await ensure(
+        hypervisor, image, profile, timeout_s=timeout_s, on_progress=on_progress, without={template.id}
+    )
+    return await thaw(template)
+
+
+def _find_sound(hypervisor: Hypervisor, image: Image, profile: str, without: Collection[str]) -> Snapshot | None:
+    """Return a template whose files are what was frozen; those that are not are deleted on the way."""
+    damaged = set(without)
+    while (snapshot := find(hypervisor, image, profile, without=damaged)) is not None:
+        try:
+            sources(snapshot)
+            return snapshot
+        except (SnapshotError, FileNotFoundError) as error:
+            log.warning("template_damaged", template=snapshot.id, error=str(error))
+            damaged.add(snapshot.id)
+            _discard(snapshot)
+    return None
+
+
+def _discard(template: Snapshot) -> None:
+    """Delete a template that nobody may use any more; where machines or snapshots still rest on it, a newer one comes before it."""
+    from agentvm_kernel.hypervisor.garbage import delete
+
+    try:
+        delete(template)
+    except SnapshotError as error:
+        log.warning("template_not_deleted", template=template.id, error=str(error))
+    except FileNotFoundError:
+        log.debug("template_deleted_already", template=template.id)
 
 
 async def settle(machine: Machine, *, timeout_s: float, on_progress: Progress = lambda text: None) -> None:
