@@ -143,6 +143,10 @@ class KernelApp:
         """Return the parts of a cell that holds host magics, None when the guest runs all of it."""
         return self._host_cells().plan(code)
 
+    def assist(self, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the reply to a complete_request or inspect_request about a host magic."""
+        return self._host_cells().assist(msg_type, content)
+
     def run_cell(self, request: Request) -> None:
         """Run a cell as planned."""
         self._spawn(self._host_cells().run(request))

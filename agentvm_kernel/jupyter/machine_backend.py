@@ -1,5 +1,7 @@
 """Machines for the kernel process: leases from `sandbox`, with the user's settings. Imports nothing heavy."""
 
+import os
+
 from agentvm_kernel.jupyter.backend import Lease, OnProgress
 from agentvm_kernel.sandbox.lease import acquire
 from agentvm_kernel.sandbox.settings import CellLimits, load_settings
@@ -9,8 +11,13 @@ class MachineBackend:
     """Leases virtual machines as the configuration says; it is read anew for every machine."""
 
     async def acquire(self, on_progress: OnProgress) -> Lease:
-        """Lease a machine. Raises AgentVMError."""
-        return await acquire(load_settings(), on_progress=on_progress)
+        """Lease a machine: a fresh one, or one in the state of the snapshot that this kernel was told to start from. Raises AgentVMError."""
+        settings = load_settings()
+        if start := os.environ.get("AGENTVM_FROM"):
+            from agentvm_kernel.sandbox.snapshot_store import start_from
+
+            return await start_from(start, settings)
+        return await acquire(settings, on_progress=on_progress)
 
     def cell_limits(self) -> CellLimits:
         """Return what a cell may use up. Raises ConfigError."""

@@ -46,6 +46,7 @@ CONTROL_TYPES = frozenset(
     {"debug_request", "usage_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"}
 )
 FORWARDED = {"shell": SHELL_TYPES | COMM_TYPES, "control": SHELL_TYPES | CONTROL_TYPES}
+ASSISTED = frozenset({"complete_request", "inspect_request"})
 KERNEL_INFO_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
 
@@ -204,6 +205,12 @@ class Proxy:
             self._set_status(request, Progress.BUSY)
             self._set_status(request, Progress.IDLE)
             return
+        if request.msg_type in ASSISTED:
+            content = message.content()
+            if mentions(str(content.get("code", ""))) and (reply := self._owner.assist(request.msg_type, content)):
+                self._set_status(request, Progress.BUSY)
+                self._answer(request, reply)
+                return
         if request.msg_type == "execute_request":
             content = message.content()
             request.code = str(content.get("code", ""))

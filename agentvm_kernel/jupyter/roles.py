@@ -42,6 +42,9 @@ class Owner(Protocol):
     def plan_cell(self, code: str) -> object:
         """Return how the host runs this cell; None when it is all the guest's."""
 
+    def assist(self, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the reply to a complete_request or inspect_request about a host magic; None where it is about something else."""
+
     def run_cell(self, request: Request) -> None:
         """Begin to run a cell that was planned; `run_part`, `publish` and then `end_cell` or `release_cell` follow."""
 

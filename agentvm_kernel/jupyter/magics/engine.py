@@ -11,7 +11,7 @@ from typing import Any
 
 from agentvm_kernel.errors import AgentVMError
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
-from agentvm_kernel.jupyter.magics import names
+from agentvm_kernel.jupyter.magics import assist, names
 from agentvm_kernel.jupyter.magics.arguments import HostMagic
 from agentvm_kernel.jupyter.magics.cell import Cell, Interrupted
 from agentvm_kernel.jupyter.magics.notebook import Notebook
@@ -59,6 +59,15 @@ class HostCells:
         """
         parts = split(code) if names.mentions(code) else []
         return parts if parts or self.notebook.checkpoints else None
+
+    def assist(self, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
+        """Answer a complete_request or inspect_request about a host magic; None where it is about something else."""
+        code, cursor = content.get("code"), content.get("cursor_pos")
+        if not isinstance(code, str) or not isinstance(cursor, int):
+            return None
+        if msg_type == "inspect_request":
+            return assist.inspect(self.magics, code, cursor)
+        return assist.complete(self.magics, self.notebook, code, cursor)
 
     def interrupt(self) -> None:
         """Tell the magic that runs now; what runs in the guest gets its own interrupt."""
