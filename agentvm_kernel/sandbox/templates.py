@@ -140,7 +140,7 @@ def _find_sound(hypervisor: Hypervisor, image: Image, profile: str, without: Col
     damaged = set(without)
     while (snapshot := find(hypervisor, image, profile, without=damaged)) is not None:
         try:
-            sources(snapshot)
+            sources(hypervisor, snapshot)
             return snapshot
         except (SnapshotError, FileNotFoundError) as error:
             log.warning("template_damaged", template=snapshot.id, error=str(error))
