@@ -133,7 +133,8 @@ def main() -> None:
             failed[name] = f"{type(error).__name__}: {error}"
     # ipykernel takes no signal of ours: 1 is a parent that it never looks for, and does not explain Ctrl-C to.
     app = IPKernelApp.instance(parent_handle=1)
-    app.initialize(["-f", connection_file])  # type: ignore[no-untyped-call]
+    # A history file would only be of this machine anyway, and costs a write to the disk for each cell.
+    app.initialize(["-f", connection_file, "--HistoryManager.hist_file=:memory:"])  # type: ignore[no-untyped-call]
     _make_output_wait(app)
     _explain_host_magics(app.shell)
     # What is imported now stays: the collector need not touch it, so machines that share these pages go on sharing them.
