@@ -21,7 +21,7 @@ lint: setup ## check style and types
 test: lint ## lint, then all tests with coverage (boots real machines)
 	$(PYTHON) -m pytest tests/unit tests/integration tests/e2e tests/conformance --cov --cov-report=term --cov-fail-under=80
 
-conformance: setup ## Jupyter's own test suite for kernels, against a real machine
+conformance: setup ## the suites that Jupyter has for kernels and clients, against real machines
 	$(PYTHON) -m pytest tests/conformance
 
 test-vsock: setup ## the vsock transport for real, nested: an outer guest runs an inner one (10 minutes under emulation)

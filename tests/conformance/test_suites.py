@@ -1,0 +1,102 @@
+"""The tests that ipykernel and nbclient have for kernels and their clients, against this kernel.
+
+Every case passes, or is named in not_green.toml with its reason. With the runtime as a local process, and with `-m guest` with real
+machines.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import suites
+from jupyter_client.manager import KernelManager
+from suites import IPYKERNEL, NBCLIENT, Result, Suite
+
+RUNTIMES = [
+    pytest.param("local", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    pytest.param("machine", marks=[pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(2400)]),
+]
+TEMPLATE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Known:
+    """A case that need not pass."""
+
+    outcome: str
+    reason: str
+
+
+def known(suite: Suite, runtime: str) -> dict[str, Known]:
+    """Return the cases of a suite that do not pass, by id."""
+    with (Path(__file__).parent / "not_green.toml").open("rb") as file:
+        entries = tomllib.load(file).get(suite.project, [])
+    return {
+        entry["case"]: Known(entry["outcome"], entry["reason"]) for entry in entries if runtime in entry["runtimes"]
+    }
+
+
+def disagreements(results: dict[str, Result], exceptions: dict[str, Known]) -> list[str]:
+    """Compare what happened with what is known."""
+    problems = [f"{case} is named in vain: there is no such case" for case in exceptions if case not in results]
+    for case, result in results.items():
+        expected = exceptions[case].outcome if case in exceptions else "passed"
+        if result.outcome != expected and not (expected == "varies" and result.outcome in ("passed", "failed")):
+            problems.append(f"{case} {result.outcome}, not {expected}: {result.why}")
+    return problems
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("suite", [IPYKERNEL, NBCLIENT], ids=lambda suite: suite.project)
+def test_suite(suite: Suite, runtime: str, tmp_path: Path) -> None:
+    environ = suites.environment(tmp_path, local=runtime == "local")
+    if runtime == "machine":
+        build_template(tmp_path)
+    results = suites.run(suite, environ, case_timeout_s=60 if runtime == "local" else 300, timeout_s=2000)
+    print(f"{suite.project} {suite.version}, {runtime}: {count(results)}")
+    assert disagreements(results, known(suite, runtime)) == []
+    assert len(results) == suite.cases
+
+
+def build_template(folder: Path) -> None:
+    """Run one cell, since the suites do not wait for the template that the first machine of all is made of."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("JUPYTER_PATH", str(folder))
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=60)
+            assert client.execute_interactive("pass", timeout=TEMPLATE_TIMEOUT_S)["content"]["status"] == "ok"
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+
+
+def count(results: dict[str, Result]) -> str:
+    outcomes = [result.outcome for result in results.values()]
+    return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
+
+
+def test_what_is_not_green_is_explained() -> None:
+    for suite in (IPYKERNEL, NBCLIENT):
+        for runtime in ("local", "machine"):
+            for case, exception in known(suite, runtime).items():
+                assert exception.outcome in ("skipped", "failed", "varies"), case
+                assert len(exception.reason) > 20, case
+
+
+def test_a_case_that_changes_is_noticed() -> None:
+    exceptions = {"a": Known("failed", ""), "b": Known("varies", ""), "gone": Known("failed", "")}
+    results = {"a": Result("passed", ""), "b": Result("failed", ""), "c": Result("failed", "boom")}
+    assert disagreements(results, exceptions) == [
+        "gone is named in vain: there is no such case",
+        "a passed, not failed: ",
+        "c failed, not passed: boom",
+    ]
+    assert (
+        disagreements({"a": Result("failed", ""), "gone": Result("failed", ""), "b": Result("passed", "")}, exceptions)
+        == []
+    )
