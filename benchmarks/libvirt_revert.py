@@ -3,8 +3,9 @@
 import asyncio
 from types import TracebackType
 
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.machine import Machine, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.image import store
 from agentvm_kernel.sandbox.cells import Cells, Result
 from agentvm_kernel.sandbox.lease import Lease

@@ -14,9 +14,10 @@ from typing import TypeVar
 from agentvm_kernel import paths
 from agentvm_kernel.errors import AgentVMError, BootError, SnapshotError
 from agentvm_kernel.hypervisor import accelerator
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import freeze_template
-from agentvm_kernel.hypervisor.machine import Machine, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.memory import sources
 from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, list_all
 from agentvm_kernel.image.initramfs import runtime_digest

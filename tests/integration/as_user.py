@@ -12,11 +12,11 @@ from pathlib import Path
 
 from toy_guest import counter, toy_image, wait_until_counting
 
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import machines_dir, sockets_dir
 from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
 from agentvm_kernel.hypervisor.garbage import delete
-from agentvm_kernel.hypervisor.machine import boot_machine
 from agentvm_kernel.hypervisor.reap import reap
 from agentvm_kernel.hypervisor.snapshot import list_all
 from agentvm_kernel.hypervisor.thaw import thaw

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from toy_guest import toy_image
 
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.machine import Machine, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.reap import reap
 from agentvm_kernel.image.store import Image
 

@@ -25,9 +25,10 @@ from agentvm_kernel.errors import (
     UnknownMachineError,
 )
 from agentvm_kernel.hypervisor import reap as reaping
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles
-from agentvm_kernel.hypervisor.machine import Machine, MachineState, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine, MachineState
 from agentvm_kernel.hypervisor.qcow2 import backing_file
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.transport.address import UnixAddress
@@ -186,7 +187,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from toy_guest import toy_image
 from agentvm_kernel.hypervisor.connection import Hypervisor
-from agentvm_kernel.hypervisor.machine import boot_machine
+from agentvm_kernel.hypervisor.boot import boot_machine
 import tempfile
 with Hypervisor({uri!r}) as hypervisor:
     folder = Path(tempfile.mkdtemp(dir={base!r}))

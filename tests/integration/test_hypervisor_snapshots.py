@@ -13,10 +13,11 @@ from toy_guest import COUNTER, MIRROR, counter, wait_until_counting
 from agentvm_kernel.errors import HostError, SnapshotError, SnapshotMismatchError
 from agentvm_kernel.hypervisor import garbage
 from agentvm_kernel.hypervisor import snapshot as store
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.files import machines_dir, read_untrusted
 from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
 from agentvm_kernel.hypervisor.garbage import collect, collect_garbage, delete, remove
-from agentvm_kernel.hypervisor.machine import Machine, MachineState, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine, MachineState
 from agentvm_kernel.hypervisor.memory import content_digest, ensure_memory, settle, sources
 from agentvm_kernel.hypervisor.pages import find_mappings
 from agentvm_kernel.hypervisor.qcow2 import backing_file

@@ -14,8 +14,9 @@ from toy_guest import GREETING, wait_until_counting
 from agentvm_kernel import cli
 from agentvm_kernel.errors import HostError, UnknownMachineError
 from agentvm_kernel.hypervisor import inventory
+from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.console import Reader
-from agentvm_kernel.hypervisor.machine import Machine, boot_machine
+from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.reap import remove_machine
 from agentvm_kernel.sandbox import pool
 
