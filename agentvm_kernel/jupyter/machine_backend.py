@@ -11,7 +11,7 @@ class MachineBackend:
     """Leases virtual machines as the configuration says; it is read anew for every machine."""
 
     async def acquire(self, on_progress: OnProgress) -> Lease:
-        """Lease a machine: a fresh one, or one in the state of the snapshot that this kernel was told to start from. Raises AgentVMError."""
+        """Lease a machine, fresh or in the state of the snapshot that this kernel was told to start from. Raises AgentVMError."""
         settings = load_settings()
         if start := os.environ.get("AGENTVM_FROM"):
             from agentvm_kernel.sandbox.snapshot_store import start_from

@@ -9,7 +9,7 @@ loop only.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,35 +17,21 @@ from typing import Any
 from agentvm_kernel.errors import AgentVMError, ConnectionClosed, MachineError, MachineLost
 from agentvm_kernel.jupyter import guest_messages
 from agentvm_kernel.jupyter.cell_guard import CellGuard
+from agentvm_kernel.jupyter.client_messages import ClientMessages
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
 from agentvm_kernel.jupyter.magics.names import mentions
 from agentvm_kernel.jupyter.output_valve import OutputValve
-from agentvm_kernel.jupyter.requests import Progress, Request, RequestTable
+from agentvm_kernel.jupyter.requests import FORWARDED, Progress, Request, RequestTable, read_request
 from agentvm_kernel.jupyter.roles import Outlet, Owner
 from agentvm_kernel.jupyter.turns import Turns
-from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError, pack_json, parse_json
+from agentvm_kernel.jupyter.wire import EMPTY, Buffer, ClientMessage, Session, WireError, pack_json
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.transport.connection import GuestConnection
 from guest_runtime.wire import Channel
 
 log = get_logger(__name__)
 
-SHELL_TYPES = frozenset(
-    {
-        "execute_request",
-        "complete_request",
-        "inspect_request",
-        "history_request",
-        "is_complete_request",
-        "comm_info_request",
-    }
-)
-COMM_TYPES = frozenset({"comm_open", "comm_msg", "comm_close"})
-CONTROL_TYPES = frozenset(
-    {"debug_request", "usage_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"}
-)
-FORWARDED = {"shell": SHELL_TYPES | COMM_TYPES, "control": SHELL_TYPES | CONTROL_TYPES}
 ASSISTED = frozenset({"complete_request", "inspect_request"})
 KERNEL_INFO_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
@@ -68,6 +54,8 @@ class Proxy:
         self.guard = CellGuard(owner.call_later, lambda: owner.interrupt(lambda _: None), owner.end_python, self._tell)
         self._session = session
         self._outlet = outlet
+        clients = ClientMessages(session, outlet)
+        self._send, self._publish = clients.send, clients.publish
         self._owner = owner
         self._requests = RequestTable()
         self._connection: GuestConnection | None = None
@@ -188,14 +176,7 @@ class Proxy:
             self._publish("status", {"execution_state": "starting"}, None)
 
     def _client_request(self, channel: str, message: ClientMessage) -> None:
-        request = Request(
-            msg_id=message.msg_id,
-            msg_type=message.msg_type,
-            channel=channel,
-            identities=message.identities,
-            header=message.parts[0],
-            in_turn=channel == "shell" and not message.header.get("subshell_id"),
-        )
+        request = read_request(channel, message)
         if (answer := self._on_host.get(request.msg_type)) is not None:
             self._set_status(request, Progress.BUSY)
             answer(message, request)
@@ -211,17 +192,12 @@ class Proxy:
                 self._set_status(request, Progress.BUSY)
                 self._answer(request, reply)
                 return
-        if request.msg_type == "execute_request":
-            content = message.content()
-            request.code = str(content.get("code", ""))
-            request.silent = bool(content.get("silent", False))
-            request.allow_stdin = bool(content.get("allow_stdin", False))
-            request.stop_on_error = bool(content.get("stop_on_error", True))
-            stored = not request.silent and bool(content.get("store_history", True))
-            if request.in_turn and (mentions(request.code) or (self.plans_all and stored)):
-                request.plan = self._owner.plan_cell(request.code)
-                request.content = content
-                request.metadata = parse_json(message.parts[2], max_bytes=len(message.parts[2]))
+        if (
+            request.is_cell
+            and request.in_turn
+            and (mentions(request.code or "") or (self.plans_all and request.stored))
+        ):
+            request.plan = self._owner.plan_cell(request.code or "")
         self._used_at = time.monotonic()
         self._requests.add(request)
         if self._connection is None and not len(self._turns):
@@ -511,49 +487,6 @@ class Proxy:
             self._answer_kernel_info()
         if request.in_turn and len(self._turns):
             self._turns.pump()
-
-    def _send(
-        self,
-        channel: str,
-        request: Request,
-        msg_type: str,
-        content: dict[str, Any],
-        *,
-        guest_message: GuestMessage | None = None,
-    ) -> None:
-        self._outlet.send(channel, self._frames(msg_type, content, request, request.identities, guest_message))
-
-    def _publish(
-        self,
-        msg_type: str,
-        content: dict[str, Any],
-        request: Request | None,
-        *,
-        guest_message: GuestMessage | None = None,
-    ) -> None:
-        topic = f"stream.{content['name']}" if msg_type == "stream" else f"kernel.{self._session.id}.{msg_type}"
-        self._outlet.publish(self._frames(msg_type, content, request, (topic.encode(),), guest_message))
-
-    def _frames(
-        self,
-        msg_type: str,
-        content: dict[str, Any],
-        request: Request | None,
-        identities: Sequence[bytes],
-        guest_message: GuestMessage | None,
-    ) -> list[Buffer]:
-        """Build a message; of the guest's own it takes metadata, date and buffers."""
-        parent = EMPTY if request is None else request.header
-        if guest_message is None:
-            return self._session.serialize(self._session.header(msg_type), parent, {}, content, identities=identities)
-        return self._session.serialize(
-            self._session.header(msg_type, guest_message.date),
-            parent,
-            guest_message.metadata,
-            content,
-            identities=identities,
-            buffers=guest_message.buffers,
-        )
 
     def _drop(self, where: str, why: str) -> None:
         self.dropped[where] += 1

@@ -11,9 +11,25 @@ from typing import Any
 
 from agentvm_kernel.errors import AgentVMError
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
-from agentvm_kernel.jupyter.wire import Buffer
+from agentvm_kernel.jupyter.wire import Buffer, ClientMessage, parse_json
 
 MAX_ANSWERED = 4096
+SHELL_TYPES = frozenset(
+    {
+        "execute_request",
+        "complete_request",
+        "inspect_request",
+        "history_request",
+        "is_complete_request",
+        "comm_info_request",
+    }
+)
+COMM_TYPES = frozenset({"comm_open", "comm_msg", "comm_close"})
+CONTROL_TYPES = frozenset(
+    {"debug_request", "usage_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"}
+)
+FORWARDED = {"shell": SHELL_TYPES | COMM_TYPES, "control": SHELL_TYPES | CONTROL_TYPES}
+"""What the guest may be asked, by channel."""
 
 
 class Progress(IntEnum):
@@ -38,7 +54,7 @@ class Request:
         progress: which status was published last.
         in_turn: of the main shell, where requests are served one after the other.
         in_guest: it was passed on.
-        content: of a cell that the host runs, all that the client sent.
+        content: of a cell, all that the client sent.
         metadata: likewise.
         stop_on_error: cells that wait are aborted when this one fails.
         plan: how the host runs this cell; None for the guest's.
@@ -72,9 +88,34 @@ class Request:
         return self.msg_type == "execute_request"
 
     @property
+    def stored(self) -> bool:
+        """Whether this is a cell that counts and is kept in the history."""
+        return self.is_cell and not self.silent and bool(self.content.get("store_history", True))
+
+    @property
     def reply_type(self) -> str | None:
         """Type of the reply that is due; None for the comm messages, which have none."""
         return f"{self.msg_type.removesuffix('_request')}_reply" if self.msg_type.endswith("_request") else None
+
+
+def read_request(channel: str, message: ClientMessage) -> Request:
+    """Return what a client's message asks for. Raises WireError."""
+    request = Request(
+        msg_id=message.msg_id,
+        msg_type=message.msg_type,
+        channel=channel,
+        identities=message.identities,
+        header=message.parts[0],
+        in_turn=channel == "shell" and not message.header.get("subshell_id"),
+    )
+    if request.is_cell:
+        request.content = content = message.content()
+        request.metadata = parse_json(message.parts[2], max_bytes=len(message.parts[2]))
+        request.code = str(content.get("code", ""))
+        request.silent = bool(content.get("silent", False))
+        request.allow_stdin = bool(content.get("allow_stdin", False))
+        request.stop_on_error = bool(content.get("stop_on_error", True))
+    return request
 
 
 class RequestTable:
@@ -132,6 +173,7 @@ class RequestTable:
         return unfinished
 
     def _keep(self, request: Request) -> None:
+        request.content = {}  # long code need not be kept with it
         self._answered[request.msg_id] = request
         if len(self._answered) > MAX_ANSWERED:
             del self._answered[next(iter(self._answered))]

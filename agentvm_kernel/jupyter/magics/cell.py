@@ -42,7 +42,7 @@ class Cell:
         self.pages: list[str] = []
         self._proxy = proxy
         content = request.content
-        self.stores = not request.silent and bool(content.get("store_history", True))
+        self.stores = request.stored
         expressions = content.get("user_expressions")
         self.expressions: dict[str, Any] = expressions if isinstance(expressions, dict) else {}
 
