@@ -35,13 +35,14 @@ def boot_machine(
         image: what to boot.
         profile: name of its resource profile.
         name: of the machine; None makes one up.
-        template: keep the guest's memory in a file, so that `freeze.freeze_template` can make a snapshot of it.
+        template: prepare it for `freeze.freeze_template`: its memory is kept in a file, where that can be.
         vsock: reach it over virtio-vsock; None does where the host can.
 
     Raises:
         ConfigError: the profile or the name is not valid.
         HostError: QEMU, libvirt or a permission is missing.
     """
+    from agentvm_kernel.hypervisor import internal, mechanism
     from agentvm_kernel.hypervisor.domain_xml import DomainSpec, build
     from agentvm_kernel.hypervisor.profiles import get_profile
     from agentvm_kernel.hypervisor.qcow2 import create_overlay
@@ -49,6 +50,7 @@ def boot_machine(
     from agentvm_kernel.transport.host import vsock_available
 
     size = get_profile(profile)
+    pass_through = mechanism.choose(hypervisor).kind == "pass-through"
     files = MachineFiles.of(name or new_name())
     kind = accelerator.choose().kind
     use_vsock = vsock_available() if vsock is None else vsock
@@ -77,7 +79,7 @@ def boot_machine(
         write_private(files.initrd, machine_initrd(image, boot, secret), user=user, mode=0o400)
         create_overlay(files.overlay, image.disk, size=size.disk_gib << 30)
         give(files.overlay, user)
-        if template:
+        if template and pass_through:
             write_private(files.memory, b"", user=user)
             os.truncate(files.memory, size.memory_mib << 20)
         spec = DomainSpec(
@@ -92,11 +94,14 @@ def boot_machine(
             serial_log=files.serial_log,
             guest_socket=None if use_vsock else files.guest_socket,
             pid_file=files.pid_file,
-            memory_file=files.memory if template else None,
+            memory_file=files.memory if template and pass_through else None,
             qemu_user=hypervisor.dac_user,
+            pass_through=pass_through,
             tags=tags,
         )
         machine.start(build(spec))
+        if not pass_through:
+            internal.note_pid(machine)
         machine.set_limits()
     except BaseException:
         machine.destroy()

@@ -24,6 +24,7 @@ QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 ElementTree.register_namespace("qemu", QEMU_NAMESPACE)
 
 MACHINE_TYPE = "q35"
+CPU_MODES = {"kvm": "host-passthrough", "tcg": "maximum"}
 CHANNEL_NAME = "org.agentvm.0"
 MEMORY_ID = "agentvm-memory"
 """Id of the memory back end. It names the RAM block in the migration stream, so a template and its clones share it."""
@@ -67,6 +68,7 @@ class DomainSpec(BaseModel):
     qemu_user: tuple[int, int] | None = Field(
         default=None, description="QEMU's user and group where libvirt sets them."
     )
+    pass_through: bool = Field(default=True, description="Use libvirt's QEMU namespace (see `mechanism`).")
     tags: Tags
 
 
@@ -90,17 +92,16 @@ def build(spec: DomainSpec) -> str:
     ElementTree.SubElement(features, "apic")
     if not kvm:
         _text(ElementTree.SubElement(features, "tcg"), "tb-cache", str(TB_CACHE_MIB), unit="MiB")
-    ElementTree.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
+    ElementTree.SubElement(domain, "cpu", mode=CPU_MODES[spec.accelerator])
     clock = ElementTree.SubElement(domain, "clock", offset="utc")
     ElementTree.SubElement(clock, "timer", name="hpet", present="no")
     # A guest that reboots has lost its kernel process and its connection, so a reboot (a panic is one, panic=-1) ends the machine.
     for event in ("on_poweroff", "on_reboot", "on_crash"):
         _text(domain, event, "destroy")
     _add_devices(domain, spec)
-    if spec.qemu_user is not None:
-        # We give QEMU's user its files and nothing more: libvirt would also make it the owner of shared, immutable disk layers.
-        label = ElementTree.SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
-        _text(label, "label", "+{}:+{}".format(*spec.qemu_user))
+    add_dac_label(domain, spec.qemu_user)
+    if not spec.pass_through:
+        return ElementTree.tostring(domain, encoding="unicode")
     arguments = ["-pidfile", str(spec.pid_file)]
     if spec.memory_file is not None:
         arguments += memory_arguments(spec.memory_file, spec.profile.memory_mib, shared=True)
@@ -108,6 +109,16 @@ def build(spec: DomainSpec) -> str:
     for argument in arguments:
         ElementTree.SubElement(commandline, f"{{{QEMU_NAMESPACE}}}arg", value=argument)
     return ElementTree.tostring(domain, encoding="unicode")
+
+
+def add_dac_label(domain: ElementTree.Element, qemu_user: tuple[int, int] | None) -> None:
+    """Run QEMU as its user, where libvirt sets one, and let libvirt give that user no files.
+
+    We do so ourselves: libvirt would also make it the owner of shared, immutable disk layers.
+    """
+    if qemu_user is not None:
+        label = ElementTree.SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
+        _text(label, "label", "+{}:+{}".format(*qemu_user))
 
 
 def memory_arguments(path: Path, size_mib: int, *, shared: bool, read_only: bool = False) -> list[str]:

@@ -55,6 +55,10 @@ def freeze_template(machine: Machine) -> Snapshot:
         IllegalTransition: it does not run.
     """
     files = machine.files
+    if not files.memory.exists() and machine.tags.state == "template":
+        from agentvm_kernel.hypervisor import internal
+
+        return internal.freeze_template(machine)
     if not files.memory.exists():
         raise SnapshotError(
             f"The memory of machine {machine.name} is not in a file.", hint="Boot it with template=True."
@@ -63,9 +67,10 @@ def freeze_template(machine: Machine) -> Snapshot:
     with being_made(snapshot_id) as folder:
         began = time.monotonic()
         machine.pause()
-        state = _save_devices(machine)
+        state = save_devices(machine)
         pause_s = time.monotonic() - began
-        common = _write_common(machine, folder, state)
+        common = write_common(machine, folder)
+        write_private(folder / "state", state, mode=0o400)
         machine.stop()
         os.link(machine.overlay, layer_path(layer))
         seal(machine.hypervisor, layer_path(layer), 0o444)
@@ -82,7 +87,7 @@ def freeze_template(machine: Machine) -> Snapshot:
             digests={"state": content_digest(folder / "state"), "memory": content_digest(folder / "memory")},
             **common,
         )
-        _finish(snapshot, folder)
+        finish(snapshot, folder)
     machine.destroy()
     return snapshot
 
@@ -110,21 +115,18 @@ def freeze_live(
             hint="Thaw one from a template and freeze that.",
         )
     base = load(machine.memory_of)
+    if base.internal:
+        from agentvm_kernel.hypervisor import internal
+
+        return internal.freeze_live(machine, name=name, description=description, resume=resume, **about)
     snapshot_id, layer = new_id(), new_id()
-    number = int(machine.overlay.stem.rpartition("-")[2] or 0) if "-" in machine.overlay.stem else 0
-    next_overlay = machine.files.folder / f"overlay-{number + 1}.qcow2"
-    next_overlay.unlink(missing_ok=True)
     with being_made(snapshot_id) as folder:
         pid = machine.qemu_pid
         capture = Capture(pid, find_mappings(pid, base.memory), folder / "spill")
         try:
-            os.link(machine.overlay, layer_path(layer))
-            create_overlay(next_overlay, machine.overlay, recorded_backing=layer_path(layer))
-            give(next_overlay, machine.hypervisor.qemu_user)
+            next_overlay = prepare_overlay(machine, layer)
             began = time.monotonic()
-            state = _stand_still(
-                machine, capture, lambda: _switch_disk(machine, next_overlay, layer_path(layer)), resume
-            )
+            state = _stand_still(machine, capture, lambda: move_disk(machine, next_overlay, layer_path(layer)), resume)
             pause_s = time.monotonic() - began
             parent, deltas = _parent(machine.hypervisor, str(about.get("after") or machine.tags.template), base)
             pages = write_changes(folder / "delta", capture, base.memory, [one.delta for one in deltas])
@@ -132,7 +134,8 @@ def freeze_live(
             capture.close()
             (folder / "spill").unlink(missing_ok=True)
         (folder / "delta").chmod(0o400)
-        common = _write_common(machine, folder, state)
+        common = write_common(machine, folder)
+        write_private(folder / "state", state, mode=0o400)
         owner = Owner.current()
         snapshot = Snapshot(
             id=snapshot_id,
@@ -147,7 +150,7 @@ def freeze_live(
             **common,
             **about,  # type: ignore[arg-type]
         )
-        _finish(snapshot, folder)
+        finish(snapshot, folder)
     log.debug(
         "machine_frozen",
         machine=machine.name,
@@ -169,7 +172,7 @@ def _stand_still(machine: Machine, capture: Capture, switch_disk: Callable[[], N
     try:
         # Copying the pages takes as long as all that QEMU and libvirt have to do, and needs neither.
         with ThreadPoolExecutor(1) as other:
-            saving = other.submit(_save_devices, machine)
+            saving = other.submit(save_devices, machine)
             switching = other.submit(switch_disk)
             capture.take()
             times.append(time.monotonic())
@@ -207,7 +210,7 @@ def _parent(hypervisor: Hypervisor, after: str, base: Snapshot) -> tuple[Snapsho
     return base, []
 
 
-def _save_devices(machine: Machine) -> bytes:
+def save_devices(machine: Machine) -> bytes:
     """Have QEMU save the state of all devices of the paused machine."""
     path = machine.files.sockets / "state"
     # With live=true a paused QEMU would give up its disks for a receiver to take over, and die of an assertion at the next save.
@@ -218,7 +221,18 @@ def _save_devices(machine: Machine) -> bytes:
         path.unlink(missing_ok=True)
 
 
-def _switch_disk(machine: Machine, overlay: Path, layer: Path) -> None:
+def prepare_overlay(machine: Machine, layer: str) -> Path:
+    """Make the empty image that the machine shall write to when its present one has become a layer (see `move_disk`)."""
+    number = int(machine.overlay.stem.rpartition("-")[2] or 0) if "-" in machine.overlay.stem else 0
+    overlay = machine.files.folder / f"overlay-{number + 1}.qcow2"
+    overlay.unlink(missing_ok=True)
+    os.link(machine.overlay, layer_path(layer))
+    create_overlay(overlay, machine.overlay, recorded_backing=layer_path(layer))
+    give(overlay, machine.hypervisor.qemu_user)
+    return overlay
+
+
+def move_disk(machine: Machine, overlay: Path, layer: Path) -> None:
     """Let the paused machine write to `overlay` from now on; its present one, also known as `layer`, does not change any more.
 
     It stays so when the rest of the freeze fails: the layer then is just one that no snapshot is named after.
@@ -241,7 +255,7 @@ def _switch_disk(machine: Machine, overlay: Path, layer: Path) -> None:
     seal(machine.hypervisor, layer, 0o444)
 
 
-def _write_common(machine: Machine, folder: Path, state: bytes) -> dict[str, Any]:
+def write_common(machine: Machine, folder: Path) -> dict[str, Any]:
     """Write the files that all snapshots have, and return the fields that they fill in the same way."""
     hypervisor = machine.hypervisor
     with hypervisor.errors(f"reading the XML of machine {machine.name}"):
@@ -250,7 +264,6 @@ def _write_common(machine: Machine, folder: Path, state: bytes) -> dict[str, Any
     _generalise(domain)
     write_private(folder / "domain.xml", ElementTree.tostring(domain), mode=0o400)
     write_private(folder / "secret", machine.secret, mode=0o400)
-    write_private(folder / "state", state, mode=0o400)
     return {
         "created": time.time(),
         "hardware": machine.hardware,
@@ -282,7 +295,7 @@ def _generalise(domain: ElementTree.Element) -> None:
             disk.remove(element)
 
 
-def _finish(snapshot: Snapshot, folder: Path) -> None:
+def finish(snapshot: Snapshot, folder: Path) -> None:
     """Write the metadata; see to it that a template is on the disk before it is there. Others end with their session (see `export`)."""
     write_private(folder / "snapshot.json", snapshot.to_json())
     stamp(folder)

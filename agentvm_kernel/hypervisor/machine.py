@@ -179,14 +179,18 @@ class Machine:
             IllegalTransition: it was started before.
             LibvirtError: libvirt or QEMU refused.
         """
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        self.start_by(lambda connection: connection.createXML(xml, flags), paused=paused)
+
+    def start_by(self, create: Callable[[Any], Any], *, paused: bool) -> None:
+        """Create the domain as `create` does, given a `libvirt.virConnect`, and return when it runs (or is paused); see `start`."""
         self._require("started", MachineState.DEFINED)
         self._start_paused = paused
         self._move(MachineState.STARTING)
         connection = self.hypervisor.connection()
-        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
         try:
             with self.hypervisor.errors(f"starting machine {self.name}"):
-                self._domain = connection, connection.createXML(xml, flags)
+                self._domain = connection, create(connection)
         except BaseException:
             self._move(MachineState.SHUT_OFF, "it could not be started")
             raise

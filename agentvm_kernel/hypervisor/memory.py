@@ -38,6 +38,8 @@ def sources(hypervisor: Hypervisor, snapshot: Snapshot) -> tuple[Snapshot, list[
         SnapshotError: one is missing or damaged.
     """
     _verify(hypervisor, snapshot, ("state",))
+    if snapshot.internal:  # its memory is in there, too
+        return snapshot, []
     above: list[Snapshot] = []
     base = snapshot
     while not base.memory.exists():

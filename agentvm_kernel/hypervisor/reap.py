@@ -131,6 +131,8 @@ def _lock() -> Iterator[bool]:
 def _destroy(hypervisor: Hypervisor, domain: Any) -> None:
     try:
         with hypervisor.errors("destroying an orphaned machine"):
+            if domain.isPersistent():  # who thawed it died on the way (see `internal`)
+                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
             domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
     except (UnknownMachineError, IllegalTransition):
         return  # it ended by itself meanwhile

@@ -63,6 +63,7 @@ class Snapshot:
         owner_pid: process whose end is the session's; 0 for none.
         owner_start: its start time, as in `tags.Owner`.
         hostname: what the machine called itself; empty where that is not known.
+        internal: state and memory lie inside the disk layer (see `internal`); "state" is another name of that layer then.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Snapshot:
     owner_pid: int = 0
     owner_start: int = 0
     hostname: str = ""
+    internal: bool = False
 
     @property
     def folder(self) -> Path:
@@ -138,7 +140,11 @@ class Snapshot:
 
     def size(self) -> int:
         """Return the bytes on disk that it needs of its own; a memory file that can be rebuilt does not count."""
-        files = [self.state, self.disk, self.delta if self.delta.exists() else self.memory]
+        files = [
+            self.disk,
+            self.delta if self.delta.exists() else self.memory,
+            *([] if self.internal else [self.state]),
+        ]
         return sum(path.stat().st_blocks * 512 for path in files if path.exists())
 
     def to_json(self) -> bytes:
@@ -240,11 +246,15 @@ def find_template(
         runtime: digest of the guest runtime.
         vsock: the machine has a vsock, otherwise a virtio-serial port.
     """
+    from agentvm_kernel.hypervisor import mechanism
+
     wanted = (profile, accelerator, image, runtime, vsock)
+    way = mechanism.known(hypervisor)
     for snapshot in reversed(list_all()):
         hardware = snapshot.hardware
         has = (hardware.profile, hardware.accelerator, hardware.image, hardware.runtime, hardware.vsock)
-        if snapshot.is_template and has == wanted and not differences(hypervisor, snapshot):
+        fits = snapshot.is_template and has == wanted and (way is None or snapshot.internal == (way.kind == "internal"))
+        if fits and not differences(hypervisor, snapshot):
             return snapshot
     return None
 

@@ -27,6 +27,11 @@ log = get_logger(__name__)
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 MEMORY_ID = "agentvm-memory"
 LOAD_TIMEOUT_S = 30.0
+INCOMING_ARGUMENTS = (
+    # What xen-save-devices-state writes begins with the devices, not with the configuration section of a migration.
+    *("-global", "migration.send-configuration=off"),
+    *("-incoming", "defer"),
+)
 
 
 def thaw(
@@ -46,6 +51,10 @@ def thaw(
         SnapshotError: it cannot be loaded.
     """
     require_thawable(hypervisor, snapshot)
+    if snapshot.internal:
+        from agentvm_kernel.hypervisor import internal
+
+        return internal.thaw(hypervisor, snapshot, name=name, state=state, lease=lease)
     if hypervisor.memory_is_closed:
         ensure_memory(hypervisor, snapshot)
     base, above = sources(hypervisor, snapshot)
@@ -78,7 +87,7 @@ def thaw(
             pid = machine.qemu_pid
             apply_to_process([one.delta for one in above], pid, find_mappings(pid, base.memory))
         filled = time.monotonic()
-        _load(machine, snapshot)
+        load_devices(machine, snapshot.state.read_bytes())
         loaded = time.monotonic()
         machine.set_limits()
         log.debug(
@@ -104,24 +113,26 @@ def thaw(
     return machine
 
 
-def _load(machine: Machine, snapshot: Snapshot) -> None:
-    """Feed the devices' state to the waiting QEMU and return when it has loaded it."""
+def load_devices(machine: Machine, state: bytes) -> None:
+    """Feed the devices' state to the waiting QEMU and return when it has loaded it.
+
+    Raises:
+        SnapshotError: QEMU cannot load it.
+    """
     incoming = machine.files.incoming_socket
     with machine.hypervisor.qmp_events(machine.domain, "MIGRATION") as events:
         machine.qmp("migrate-incoming", uri=f"unix:{incoming}")
         with socket.socket(socket.AF_UNIX) as feed:
             feed.settimeout(LOAD_TIMEOUT_S)
             feed.connect(str(incoming))
-            feed.sendall(snapshot.state.read_bytes())
+            feed.sendall(state)
         last = events.wait_for(lambda event: event.get("status") in ("completed", "failed"), LOAD_TIMEOUT_S)
     if last["status"] != "completed":
-        raise SnapshotError(
-            f"QEMU could not load the state of snapshot {snapshot.name or snapshot.id} into {machine.name}."
-        )
+        raise SnapshotError(f"QEMU could not load the state of snapshot {machine.tags.template} into {machine.name}.")
 
 
-def _domain_xml(hypervisor: Hypervisor, snapshot: Snapshot, machine: Machine, memory: str) -> str:
-    """Return the snapshot's domain XML with an identity, paths and memory of its own."""
+def own_xml(snapshot: Snapshot, machine: Machine) -> ElementTree.Element:
+    """Return the snapshot's domain XML with the machine's own identity and paths."""
     files = machine.files
     domain = ElementTree.fromstring(snapshot.domain_xml.read_bytes())  # noqa: S314 (our own file)
     _element(domain, "name").text = machine.name
@@ -137,9 +148,15 @@ def _domain_xml(hypervisor: Hypervisor, snapshot: Snapshot, machine: Machine, me
     for cid in domain.iterfind("./devices/vsock/cid"):
         cid.attrib.clear()
         cid.set("auto", "yes")
-    if (user := hypervisor.dac_user) is not None:
+    if (user := machine.hypervisor.dac_user) is not None:
         label = ElementTree.SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
         ElementTree.SubElement(label, "label").text = "+{}:+{}".format(*user)
+    return domain
+
+
+def _domain_xml(hypervisor: Hypervisor, snapshot: Snapshot, machine: Machine, memory: str) -> str:
+    """Return the machine's XML with the memory file and QEMU waiting for the devices' state."""
+    files, domain = machine.files, own_xml(snapshot, machine)
     backend: dict[str, object] = {
         "qom-type": "memory-backend-file",
         "id": MEMORY_ID,
@@ -152,9 +169,7 @@ def _domain_xml(hypervisor: Hypervisor, snapshot: Snapshot, machine: Machine, me
     arguments = (
         *("-pidfile", str(files.pid_file)),
         *("-object", json.dumps(backend), "-machine", f"memory-backend={MEMORY_ID}"),
-        # What xen-save-devices-state writes begins with the devices, not with the configuration section of a migration.
-        *("-global", "migration.send-configuration=off"),
-        *("-incoming", "defer"),
+        *INCOMING_ARGUMENTS,
     )
     commandline = ElementTree.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
     for argument in arguments:

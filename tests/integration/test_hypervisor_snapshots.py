@@ -351,7 +351,7 @@ def test_a_freeze_that_fails_after_the_disk_moved_on_does_not_spoil_later_ones(t
     machine = thawed(template)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "agentvm_kernel.hypervisor.freeze._finish", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error"))
+            "agentvm_kernel.hypervisor.freeze.finish", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error"))
         )
         with pytest.raises(OSError, match="I/O error"):
             freeze_live(machine)
