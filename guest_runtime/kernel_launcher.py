@@ -21,7 +21,8 @@ from typing import Any
 
 STREAM_BLOCK = 1024 * 1024
 """A cell that prints waits for its reader every so many characters."""
-HOST_MAGICS = ("snapshot", "restore", "undo", "fork", "vm", "pool")
+HOST_LINE_MAGICS = ("snapshot", "restore", "undo", "vm", "pool")
+HOST_CELL_MAGICS = ("fork",)
 PUBLISHED_AHEAD = 32
 """So many published messages may wait for the agent; at ZeroMQ's default of 1000, those of a flood take gigabytes."""
 
@@ -93,7 +94,7 @@ def _explain_host_magics(shell: Any) -> None:
     """
     from IPython.core.error import UsageError
 
-    def define(name: str) -> None:
+    def define(name: str, kind: str) -> None:
         def magic(line: str, cell: str | None = None) -> None:
             metadata = shell.kernel.get_parent().get("metadata")
             if not isinstance(metadata, dict) or metadata.get("agentvm") != "done":
@@ -103,10 +104,12 @@ def _explain_host_magics(shell: Any) -> None:
                 )
 
         magic.__doc__ = f"About the whole machine; `%{name}?` in a cell tells more."
-        shell.register_magic_function(magic, "line_cell", name)
+        shell.register_magic_function(magic, kind, name)
 
-    for name in HOST_MAGICS:
-        define(name)
+    for name in HOST_LINE_MAGICS:
+        define(name, "line")
+    for name in HOST_CELL_MAGICS:
+        define(name, "cell")
 
 
 def main() -> None:

@@ -284,9 +284,9 @@ class Proxy:
             content: of the reply.
             of_guest: the guest's reply to its last part, whose metadata and time hold for the cell.
         """
-        if not cell.silent and content["status"] == "error":
-            self._abort_waiting(cell)
+        aborted = self._taken_along(cell, content)
         self._reply(cell, "execute_reply", content, guest_message=of_guest)
+        self._abort(aborted)
         self._set_status(cell, Progress.IDLE)
         self._turns.end()
         if self._connection is None and len(self._turns):
@@ -302,10 +302,14 @@ class Proxy:
         """Whether the guest works on something besides the main shell."""
         return bool(self._requests.elsewhere())
 
-    def _abort_waiting(self, failed: Request) -> None:
-        if failed.stop_on_error and failed.in_turn:
-            for request in self._turns.take_cells():
-                self._answer(request, {"status": "aborted"})
+    def _taken_along(self, cell: Request, reply: dict[str, Any]) -> list[Request]:
+        """Return the waiting cells that a cell with this reply takes along with it."""
+        stops = reply["status"] == "error" and cell.stop_on_error and cell.in_turn and not cell.silent
+        return self._turns.take_cells() if stops and not cell.is_part else []
+
+    def _abort(self, cells: list[Request]) -> None:
+        for cell in cells:
+            self._answer(cell, {"status": "aborted"})
 
     def _part_done(self, part: Request) -> None:
         if part.reply is not None and part.progress is Progress.IDLE and part.on_done is not None:
@@ -428,8 +432,10 @@ class Proxy:
         if request is None or request.channel != channel or request.reply_type != message.msg_type:
             self._drop(f"guest {channel}", f"{message.msg_type} that nobody waits for")
             return
+        aborted: list[Request] = []
         if request.is_cell:
             self._cell_replied(request, message)
+            aborted = self._taken_along(request, message.content)
             if request.is_part:
                 request.reply = message
                 self._requests.answered(request)
@@ -437,6 +443,7 @@ class Proxy:
                 self._part_done(request)
                 return
         self._reply(request, message.msg_type, message.content, guest_message=message)
+        self._abort(aborted)
 
     def _cell_replied(self, request: Request, message: GuestMessage) -> None:
         self.guard.amend(request, message)
@@ -444,8 +451,6 @@ class Proxy:
         count = message.content.get("execution_count")
         if request.in_turn and count is not None and message.content["status"] != "aborted":
             self.next_count = count + 1
-        if message.content["status"] == "error" and not request.silent and not request.is_part:
-            self._abort_waiting(request)
 
     def _on_guest_stdin(self, parts: list[bytes]) -> None:
         try:

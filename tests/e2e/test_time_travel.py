@@ -50,7 +50,7 @@ class Book:
 
     def value(self, expression: str) -> str:
         """The value of an expression, as text."""
-        reply = self.run(f"print({expression})")
+        reply = self.run(f"print(({expression}))")
         assert reply["status"] == "ok", reply
         return self.text().strip()
 

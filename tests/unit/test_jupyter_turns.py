@@ -81,8 +81,8 @@ def test_an_error_before_it_aborts_it_and_what_follows(world):
     asked = world.ask("complete_request", {"code": "x", "cursor_pos": 1})
     answer(world, first, FAILED)
     assert not world.owner.cells
-    statuses = {m.parent: m.content["status"] for m in world.outlet.take() if m.type == "execute_reply"}
-    assert statuses == {first: "error", second: "aborted", third: "aborted"}
+    statuses = [(m.parent, m.content["status"]) for m in world.outlet.take() if m.type == "execute_reply"]
+    assert statuses == [(first, "error"), (second, "aborted"), (third, "aborted")]
     assert ids(world)[1:] == [asked]
 
 

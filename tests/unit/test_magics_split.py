@@ -21,7 +21,8 @@ def shape(cell):
 
 
 def test_the_guest_knows_the_same_names():
-    assert set(kernel_launcher.HOST_MAGICS) == HOST_MAGICS
+    assert set(kernel_launcher.HOST_LINE_MAGICS) == LINE_MAGICS
+    assert set(kernel_launcher.HOST_CELL_MAGICS) == CELL_MAGICS
 
 
 def test_code_and_magics_keep_their_order():

@@ -132,7 +132,9 @@ class HostCells:
         answer: dict[str, Any] = {"execution_count": self._proxy.next_count, "user_expressions": {}, **content}
         reply = None
         if cell.stores or cell.expressions:
-            code = f"%{magic.name}" if magic.wants_help else magic.source
+            # What was written in a wrong way would be an error there.
+            is_right = not magic.wants_help and (magic.body is not None) == self.magics[magic.name].is_cell_magic
+            code = magic.source if is_right else "%vm"
             try:
                 reply = await cell.run_guest(
                     code, store=cell.stores, expressions=cell.expressions if succeeded else None, done=True
