@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from agentvm_kernel import __version__
-from agentvm_kernel.commands import destroy, doctor, image, install, logs, pool, run, status, template, version
+from agentvm_kernel.commands import (
+    destroy,
+    doctor,
+    image,
+    install,
+    logs,
+    pool,
+    run,
+    snapshot,
+    status,
+    template,
+    version,
+)
 from agentvm_kernel.commands import list as list_command
 from agentvm_kernel.errors import AgentVMError
 
@@ -38,6 +50,7 @@ COMMANDS: tuple[Command, ...] = (
     status,
     logs,
     destroy,
+    snapshot,
     image,
     template,
     pool,

@@ -58,6 +58,7 @@ class RunOptions:
         answers: what input() gets, in order.
         profile: resource profile of the machine; None takes the configured one.
         kernel: name of an installed kernel to use instead of a machine.
+        start_from: name or id of a snapshot that the machine starts from; None takes a fresh machine.
         verbose: show what the kernel process logs.
     """
 
@@ -69,6 +70,7 @@ class RunOptions:
     answers: Sequence[str] = ()
     profile: str | None = None
     kernel: str | None = None
+    start_from: str | None = None
     verbose: bool = False
 
 
@@ -94,8 +96,13 @@ def run_notebook(options: RunOptions) -> int:
 
         settings = load_config(profile=options.profile).sandbox_settings()
         environment["AGENTVM_PROFILE"] = settings.profile
-    elif options.profile is not None:
-        raise ConfigError("--profile is for machines and --kernel for kernels without one.", hint="Use one of them.")
+        if options.start_from is not None:
+            from agentvm_kernel.sandbox import snapshot_store
+
+            environment[snapshot_store.START_FROM] = snapshot_store.find_any(options.start_from).id
+    elif options.profile is not None or options.start_from is not None:
+        wrong = "--profile" if options.profile is not None else "--from"
+        raise ConfigError(f"{wrong} is for machines and --kernel for kernels without one.", hint="Use one of them.")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with tempfile.TemporaryFile() as kernel_log:
         manager = _manager(options.kernel)

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="TEXT", action="append", default=[], help="answer to input(), in order (repeatable)"
     )
     parser.add_argument("--profile", metavar="P", help="size of the machine: light, standard or intensive")
+    parser.add_argument(
+        "--from", dest="start_from", metavar="SNAPSHOT", help="start in the state of this snapshot (name or id)"
+    )
     parser.add_argument("--kernel", metavar="NAME", help="use this installed kernel instead of a machine")
 
 
@@ -46,6 +49,7 @@ def execute(options: argparse.Namespace) -> int:
             answers=options.input,
             profile=options.profile,
             kernel=options.kernel,
+            start_from=options.start_from,
             verbose=getattr(options, "verbose", False) or getattr(options, "debug", False),
         )
     )

@@ -261,7 +261,7 @@ def write_common(machine: Machine, folder: Path) -> dict[str, Any]:
     with hypervisor.errors(f"reading the XML of machine {machine.name}"):
         domain = ElementTree.fromstring(machine.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))  # noqa: S314 (libvirt's own words)
     kind = domain.find("./os/type")
-    _generalise(domain)
+    generalise(domain)
     write_private(folder / "domain.xml", ElementTree.tostring(domain), mode=0o400)
     write_private(folder / "secret", machine.secret, mode=0o400)
     return {
@@ -273,7 +273,7 @@ def write_common(machine: Machine, folder: Path) -> dict[str, Any]:
     }
 
 
-def _generalise(domain: ElementTree.Element) -> None:
+def generalise(domain: ElementTree.Element) -> None:
     """Remove from a domain's XML what belongs to that one machine, or to its cold boot."""
     removable = (
         "metadata",

@@ -277,6 +277,20 @@ def merge(path: Path, deltas: Sequence[Path], total: int) -> int:
     return sum(piece.pages for piece in pieces)
 
 
+def write_whole(path: Path, memory: Path) -> int:
+    """Write all of a memory file that is not a hole as a delta on top of nothing; return the number of pages."""
+    with open(memory, "rb", buffering=0) as source, _new_file(path) as out:
+        spans = [(start // PAGE, -(-end // PAGE)) for start, end in data_segments(source.fileno())]
+        runs = [(first, end - first) for first, end in spans]
+        out.write(delta_header(runs))
+        out.flush()
+        at = out.tell()
+        for first, pages in runs:
+            copy_range(source.fileno(), out.fileno(), first * PAGE, at, pages * PAGE)
+            at += pages * PAGE
+    return sum(pages for _, pages in runs)
+
+
 def apply_deltas(deltas: Sequence[Path], memory: Path) -> None:
     """Put the sum of deltas, newest first, into a memory file.
 

@@ -18,6 +18,7 @@ BYTES_PER_L2 = CLUSTER * (CLUSTER // 8)
 HEADER = struct.Struct(">IIQIIQIIQQIIQQQQII")
 """Fields 0-103 of a version 3 header."""
 BACKING_FORMAT = 0xE2792ACA
+DATA_FILE = 0x44415441
 
 
 def create_overlay(
@@ -81,6 +82,34 @@ def backing_file(path: Path) -> Path | None:
     with open(path, "rb") as image:
         image.seek(fields[2])
         return Path(os.fsdecode(image.read(fields[3])))
+
+
+def is_plain(path: Path) -> bool:
+    """Whether an image that somebody else made is a qcow2 image which names no file but a backing file of qcow2's, is neither encrypted nor
+    marked damaged and has no internal snapshots.
+    """
+    fields = _read_header(path)
+    version, cluster_bits, encrypted, snapshots, incompatible, header_size = (
+        fields[1],
+        fields[4],
+        fields[6],
+        fields[11],
+        fields[13],
+        fields[17],
+    )
+    # Incompatible features: dirty, corrupt, external data file, compression type, extended L2 entries. None of them is ours.
+    if version != 3 or encrypted or snapshots or incompatible or cluster_bits != CLUSTER_BITS:
+        return False
+    with open(path, "rb") as image:
+        image.seek(header_size)
+        for _ in range(16):
+            kind, size = struct.unpack(">II", image.read(8).ljust(8, b"\0"))
+            if kind == 0:
+                return True
+            if kind == DATA_FILE or size > CLUSTER:
+                return False
+            image.seek(-(-size // 8) * 8, os.SEEK_CUR)
+    return False
 
 
 def _read_header(path: Path) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from agentvm_kernel.errors import (
 )
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import CLAIMED, READY, MachineFiles, machines_dir, read_untrusted, sockets_dir
+from agentvm_kernel.hypervisor.garbage import collect
 from agentvm_kernel.hypervisor.tags import NAMESPACE, Tags
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.paths import state_dir
@@ -201,7 +202,7 @@ def _age(path: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Reap everything, or with --machine one machine whose owner is done with it."""
+    """Reap everything, or with --machine one machine whose owner is done with it; then collect snapshots that nobody can reach any more."""
     parser = argparse.ArgumentParser(prog="python -m agentvm_kernel.hypervisor.reap", description=main.__doc__)
     parser.add_argument("--uri", help="libvirt URI")
     parser.add_argument("--machine", help="name of the machine to remove")
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
                 remove_machine(hypervisor, options.machine)
             else:
                 print("\n".join(reap(hypervisor)))
+        collect()
     except AgentVMError as error:
         log.error("reap_failed", machine=options.machine, error=str(error))
         return 1

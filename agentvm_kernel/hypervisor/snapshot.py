@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from agentvm_kernel.errors import SnapshotError, SnapshotMismatchError
+from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import subfolder, write_atomically
+from agentvm_kernel.hypervisor.qcow2 import backing_file
 from agentvm_kernel.hypervisor.states import Hardware
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
@@ -261,6 +263,8 @@ def find_template(
 
 def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
     """Return in words what keeps `snapshot` from being thawed here; empty when nothing does."""
+    from agentvm_kernel.image.initramfs import runtime_digest
+
     found = []
     qemu = version_text(hypervisor.qemu_version)
     if qemu != snapshot.qemu:
@@ -268,8 +272,17 @@ def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
     cpu = hypervisor.cpu_model(snapshot.hardware.accelerator)
     if cpu != snapshot.cpu:
         found.append(f"its CPU was {snapshot.cpu}, here it is {cpu}")
-    if not snapshot.disk.exists():
-        found.append(f"its disk layer {snapshot.disk} is missing")
+    if (here := accelerator.choose().kind) != snapshot.hardware.accelerator:
+        found.append(f"it ran under {snapshot.hardware.accelerator}, here machines run under {here}")
+    if runtime_digest() != snapshot.hardware.runtime:
+        found.append("it has another version of agentvm's guest runtime in it")
+    layer: Path | None = snapshot.disk
+    while layer is not None:
+        if not layer.exists():
+            what = "disk layer" if layer.parent == layers_dir() else "guest image"
+            found.append(f"its {what} {layer} is missing")
+            break
+        layer = backing_file(layer)
     return found
 
 

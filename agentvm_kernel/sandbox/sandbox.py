@@ -16,12 +16,11 @@ import uuid
 from typing import Any
 
 from agentvm_kernel.errors import MachineLost
-from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.snapshot import Snapshot
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox import snapshot_store
 from agentvm_kernel.sandbox.cells import Cells, Result
-from agentvm_kernel.sandbox.lease import Lease, Progress, acquire, from_snapshot
+from agentvm_kernel.sandbox.lease import Lease, Progress, acquire
 from agentvm_kernel.sandbox.settings import SandboxSettings, load_settings
 from agentvm_kernel.sandbox.timetravel import TimeTravel
 
@@ -75,8 +74,7 @@ class Sandbox:
             SnapshotError: there is none of this name, or it does not fit this host.
         """
         chosen = await asyncio.to_thread(load_settings, **overrides) if settings is None else settings
-        snapshot = await asyncio.to_thread(snapshot_store.find, name)
-        lease = await from_snapshot(Hypervisor(chosen.uri), snapshot)
+        lease = await snapshot_store.start_from(name, chosen)
         return cls(lease, TimeTravel(chosen, _new_session()), chosen)
 
     async def __aenter__(self) -> "Sandbox":

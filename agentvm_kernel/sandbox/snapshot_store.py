@@ -3,6 +3,7 @@
 Below is `hypervisor.snapshot`, which knows them by id and keeps their files. The kernel process imports this module.
 """
 
+import asyncio
 import html
 import re
 import time
@@ -11,13 +12,18 @@ from collections.abc import Iterable, Iterator
 from agentvm_kernel.errors import SnapshotError
 from agentvm_kernel.hypervisor import garbage, memory
 from agentvm_kernel.hypervisor import snapshot as files
+from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import to_disk
 from agentvm_kernel.hypervisor.snapshot import Snapshot
 from agentvm_kernel.hypervisor.tags import Owner
 from agentvm_kernel.log import get_logger
+from agentvm_kernel.sandbox.lease import Lease, from_snapshot
+from agentvm_kernel.sandbox.settings import SandboxSettings
 
 log = get_logger(__name__)
 
+START_FROM = "AGENTVM_FROM"
+"""Environment variable that has a kernel start from a snapshot, given by its id or, where it was exported, by its name."""
 NAME = re.compile(r"[^\W_][\w.+-]{0,62}")
 
 
@@ -55,6 +61,53 @@ def find(name: str, session: str = "") -> Snapshot:
             return snapshot
     known = ", ".join(one.name for one in candidates if not one.automatic) or "none yet"
     raise SnapshotError(f"There is no snapshot {name[:80]!r}.", hint=f"Snapshots: {known}.")
+
+
+def find_any(name: str) -> Snapshot:
+    """Return the snapshot of this name, whichever session made it; for the command line.
+
+    Args:
+        name: of the snapshot, or its id.
+
+    Raises:
+        SnapshotError: there is none, or several sessions have one of this name.
+    """
+    snapshots = [one for one in files.list_all() if one.name]
+    found = [one for one in snapshots if one.id == name] or [one for one in snapshots if one.name == name]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise SnapshotError(f"There is no snapshot {name[:80]!r}.", hint="`agentvm snapshot list` shows all.")
+    ids = ", ".join(one.id for one in found)
+    raise SnapshotError(f"Several notebooks have a snapshot {name!r}.", hint=f"Give an id: {ids}.")
+
+
+def require_importable(name: str) -> None:
+    """Make sure that an imported snapshot may have this name.
+
+    Raises:
+        SnapshotError: it is none for a snapshot, or an exported one has it.
+    """
+    require_name(name)
+    if any(one.exported and one.name == name for one in files.list_all()):
+        raise SnapshotError(
+            f"An exported snapshot is called {name!r} already.", hint="Give this one another name: --name NAME."
+        )
+
+
+async def start_from(name: str, settings: SandboxSettings) -> Lease:
+    """Lease a machine that goes on where a snapshot was taken, with an identity and random numbers of its own.
+
+    Args:
+        name: of an exported snapshot, or the id of any.
+        settings: its libvirt is used.
+
+    Raises:
+        SnapshotError: there is none, or it does not fit this host; the message says what differs.
+    """
+    by_id = files.SNAPSHOT_ID.fullmatch(name) is not None
+    snapshot = await asyncio.to_thread(files.load if by_id else find, name)
+    return await from_snapshot(Hypervisor(settings.uri), snapshot)
 
 
 def require_free(name: str, session: str) -> None:
