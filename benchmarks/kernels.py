@@ -18,7 +18,7 @@ from agentvm_kernel.jupyter import kernelspec, local_runtime
 BARE = "python3"
 OURS = "agentvm"
 LOCAL = "agentvm-local"
-ANSWER_S = 120.0
+ANSWER_S = 600.0
 LINE = "x" * 99
 
 
