@@ -96,6 +96,7 @@ class Proxy:
             self._connection.on_message.clear()
         for request in self._requests.elsewhere():
             self._fail(request, MachineError("The machine was put back to another state before it answered this."))
+        self._notice = ""  # whatever was lost before, this one is where the user wants it
         self.attach(connection)
 
     def detach(self, error: AgentVMError, *, notice: str = "") -> None:

@@ -265,6 +265,22 @@ def test_a_machine_killed_under_a_snapshot_is_declared_lost_and_comes_back_from_
     assert book.value("treasure") == "kept"
 
 
+def test_a_machine_killed_while_it_is_put_back_costs_nothing(book: Book) -> None:
+    book.run("precious = 'yes'")
+    before = book.machine()
+    known = set(machines())
+    asked = book.client.execute("%restore safe", allow_stdin=False)
+    while not (new := set(machines()) - known):
+        pass
+    for pid in new:
+        os.kill(pid, signal.SIGKILL)
+    while (reply := book.client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != asked:
+        pass
+    assert reply["content"]["status"] == "error", reply["content"]
+    assert book.value("precious") == "yes"
+    assert book.machine() == before
+
+
 def test_a_restarted_kernel_finds_its_snapshots(book: Book) -> None:
     book.run("survivor = 42")
     book.run("%snapshot survivor")
@@ -311,10 +327,16 @@ def test_the_story_told_by_the_notebook(tmp_path: Path) -> None:
     assert json.dumps(cells["fork"].outputs[0]["data"]["text/html"]).count("FORK = ") == 3
 
 
-def qemu_of(machine: str) -> int:
+def machines() -> dict[int, str]:
+    """The QEMU processes of our state folder, with their command lines."""
+    found = {}
     for process in psutil.process_iter(["name", "cmdline"]):
-        if "qemu" in (process.info["name"] or "") and any(
-            f"guest={machine}," in part for part in process.info["cmdline"] or ()
-        ):
-            return int(process.pid)
-    raise AssertionError(f"no QEMU runs {machine} of {paths.state_dir()}")
+        line = " ".join(process.info["cmdline"] or ())
+        if "qemu" in (process.info["name"] or "") and str(paths.state_dir()) in line:
+            found[int(process.pid)] = line
+    return found
+
+
+def qemu_of(machine: str) -> int:
+    """Process id of the QEMU that runs a machine."""
+    return next(pid for pid, line in machines().items() if f"guest={machine}," in line)

@@ -15,6 +15,7 @@ from agentvm_kernel.jupyter.magics.arguments import HostMagic, Options, UsageErr
 from agentvm_kernel.jupyter.magics.cell import Cell
 from agentvm_kernel.jupyter.magics.notebook import Notebook
 from agentvm_kernel.jupyter.magics.render import Column
+from agentvm_kernel.sandbox import pool
 from agentvm_kernel.sandbox.cells import Cells, Result
 from agentvm_kernel.sandbox.lease import Lease
 
@@ -117,6 +118,12 @@ class ForkMagic(HostMagic):
             raise UsageError(f"There is no copy {keep} to keep: they are numbered 0 to {count - 1}.")
         if not body.strip():
             raise UsageError("There is nothing to run.", hint="Write the code below the line with %%fork.")
+        room = pool.load_config().maximum - pool.count_machines()
+        if pool.load_config().maximum and room < count:
+            raise MachineError(
+                f"There is room for {max(room, 0)} more machines on this host, not for {count}.",
+                hint="Make fewer copies, end another notebook, or allow for more: agentvm pool resize --maximum N.",
+            )
         columns = [Column(f"FORK = {number}") for number in range(count)]
         panel = Panel(cell, columns)
         panel.draw()
