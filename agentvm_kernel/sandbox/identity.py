@@ -40,14 +40,13 @@ async def renew_identity(
         "reseed": reseed,
     }
     confirmed: dict[str, Any] = await connection.call("renew", wanted, timeout_s=RENEW_TIMEOUT_S)
-    missing = [
-        key
-        for key in ("entropy", "time", "hostname", "machine_id", "boot_id", "secret")
-        if confirmed.get(key) is not True
-    ]
-    if missing or (reseed and confirmed.get("reseed") is not True):
+    parts = ["entropy", "time", "hostname", "machine_id", "boot_id", "secret"]
+    if reseed:
+        parts += ["reseed", "connections"]
+    missing = [part for part in parts if confirmed.get(part) is not True]
+    if missing:
         raise MachineLost(
-            f"Machine {machine.name} did not confirm its new identity ({', '.join(missing) or 'reseed'}).",
+            f"Machine {machine.name} did not confirm its new identity ({', '.join(missing)}).",
             hint="It was discarded; run the cell again to get another one.",
         )
     machine.secret = secret

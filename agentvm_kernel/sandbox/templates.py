@@ -31,6 +31,8 @@ log = get_logger(__name__)
 Progress = Callable[[str], None]
 Made = TypeVar("Made")
 CONSOLE_LINES = 20
+OUTDATED_S = 7 * 86400.0
+"""An unusable template that is younger may be another checkout's, or one to go back to."""
 
 
 def find(hypervisor: Hypervisor, image: Image, profile: str, *, without: Collection[str] = ()) -> Snapshot | None:
@@ -94,11 +96,13 @@ async def ensure(
         try:
             await settle(machine, timeout_s=timeout_s, on_progress=on_progress)
             on_progress("Freezing the template")
-            return await asyncio.to_thread(freeze_template, machine)
+            made = await asyncio.to_thread(freeze_template, machine)
         except BaseException as error:
             explained = await asyncio.to_thread(explain_boot, machine, error)
             await asyncio.to_thread(machine.release)
             raise explained from error
+        await asyncio.to_thread(_remove_outdated, hypervisor, made)
+        return made
 
 
 async def use(
@@ -148,6 +152,16 @@ def _find_sound(hypervisor: Hypervisor, image: Image, profile: str, without: Col
             damaged.add(snapshot.id)
             _discard(snapshot)
     return None
+
+
+def _remove_outdated(hypervisor: Hypervisor, new: Snapshot) -> None:
+    """Delete templates that an update has left behind: long unusable, for the same profile, and nothing rests on them."""
+    everything = list_all()
+    parents = {snapshot.parent for snapshot in everything}
+    for old in everything:
+        same = old.is_template and old.hardware.profile == new.hardware.profile and old.id not in parents
+        if same and new.created - old.created > OUTDATED_S and obstacles(hypervisor, old):
+            _discard(old)
 
 
 def _discard(template: Snapshot) -> None:

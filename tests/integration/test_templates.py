@@ -162,6 +162,20 @@ def test_a_template_of_something_else_is_kept_and_not_used(use, boots, hyperviso
     assert len(list_all()) == 2
 
 
+def test_templates_that_an_update_left_behind_go_after_a_while(use, boots):
+    use().destroy()
+    first = replace(only(), qemu="1.0")
+    (first.folder / "snapshot.json").write_bytes(first.to_json())
+    use().destroy()
+    second = next(one for one in list_all() if one.id != first.id)
+    old = {"qemu": "1.0", "created": second.created - 2 * templates.OUTDATED_S}
+    for one in (first, second):
+        (one.folder / "snapshot.json").write_bytes(replace(one, **old).to_json())
+    holder = use()
+    assert only().id == holder.tags.template
+    assert len(boots) == 3
+
+
 def test_a_snapshot_that_has_lost_its_parents_never_becomes_a_template(use, hypervisor, image):
     machine = use()
     freeze_live(machine, name="mine")

@@ -1,0 +1,72 @@
+"""What a machine must confirm before anybody gets it: every part, one by one."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agentvm_kernel.errors import MachineLost
+from agentvm_kernel.sandbox.identity import renew_identity, wake
+
+PARTS = ("entropy", "time", "hostname", "machine_id", "boot_id", "secret")
+OF_CLONES = ("reseed", "connections")
+
+
+class Guest:
+    """A connection to a guest that answers what it is told to."""
+
+    def __init__(self, **answer: Any) -> None:
+        self.answer = answer
+        self.asked: dict[str, Any] = {}
+
+    async def call(self, method: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        self.asked = {"method": method, **params}
+        return self.answer
+
+
+def machine() -> Any:
+    return SimpleNamespace(name="agentvm-1", secret=b"old")
+
+
+def all_but(part: str | None = None) -> dict[str, bool]:
+    return {each: each != part for each in (*PARTS, *OF_CLONES)}
+
+
+async def test_a_machine_that_confirms_everything_has_its_new_secret():
+    one, guest = machine(), Guest(**all_but())
+    await renew_identity(guest, one, reseed=True)
+    assert len(one.secret) == 32
+    assert guest.asked["hostname"] == "agentvm-1"
+    assert len(guest.asked["machine_id"]) == 32
+
+
+@pytest.mark.parametrize("part", [*PARTS, *OF_CLONES])
+@pytest.mark.parametrize("answer", [False, None, 1, "true"])
+async def test_what_is_not_confirmed_is_named_and_the_machine_is_lost(part, answer):
+    one = machine()
+    with pytest.raises(MachineLost, match=rf"\({part}\)"):
+        await renew_identity(Guest(**{**all_but(), part: answer}), one, reseed=True)
+    assert one.secret == b"old"
+
+
+async def test_a_users_own_machine_keeps_its_seeds_connections_and_name():
+    one, guest = machine(), Guest(**dict.fromkeys(PARTS, True), reseed=False, connections=False)
+    await renew_identity(guest, one, reseed=False, hostname="mine")
+    assert guest.asked["reseed"] is False
+    assert guest.asked["hostname"] == "mine"
+
+
+async def test_no_two_renewals_send_the_same():
+    guest = Guest(**all_but())
+    seen = []
+    for _ in range(2):
+        await renew_identity(guest, machine(), reseed=True)
+        seen.append({key: guest.asked[key] for key in ("entropy", "machine_id", "secret", "time_ns")})
+    assert not [key for key in seen[0] if seen[0][key] == seen[1][key]]
+
+
+async def test_a_machine_that_does_not_confirm_its_clock_after_a_pause_is_lost():
+    await wake(Guest(entropy=True, time=True), machine())
+    for answer in ({}, {"entropy": True}, {"entropy": True, "time": False}):
+        with pytest.raises(MachineLost, match="clock"):
+            await wake(Guest(**answer), machine())
