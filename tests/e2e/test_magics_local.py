@@ -98,6 +98,17 @@ async def test_a_cell_that_runs_too_long_is_interrupted(kernel):  # noqa: F811
     assert (await kernel.run("'alive'"))[0]["status"] == "ok"
 
 
+async def test_values_of_variables_stand_in_the_line_but_bring_no_options(kernel):  # noqa: F811
+    await kernel.run("seconds, trick = 90, '--delete'")
+    _, outputs = await kernel.run("%vm timeout {seconds+1}")
+    assert text(outputs) == "Cell timeout: 91 s.\n"
+    for cell in ("%snapshot {trick}", "%snapshot {'a b'}", "%snapshot $unknown"):
+        reply, _ = await kernel.run(cell)
+        assert reply["status"] == "error"
+        assert reply["ename"] in ("UsageError", "SnapshotError", "MachineError"), reply
+    assert (await kernel.run("%snapshot {trick}"))[0]["ename"] == "UsageError"
+
+
 async def test_completion_and_help(kernel):  # noqa: F811
     async with asyncio.timeout(TIMEOUT_S):
         kernel.client.complete("%vm t")

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from agentvm_kernel.errors import AgentVMError
 
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 
 class UsageError(AgentVMError):
     """A magic was not written as it has to be."""
+
+
+def split_words(line: str) -> list[str]:
+    """Return the words of a magic's line, without quotation marks; what follows a # is a comment.
+
+    Raises:
+        UsageError: a quotation mark is left open.
+    """
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UsageError(f"This cannot be read: {str(error).lower()}.", hint="Close the quotation mark.") from error
 
 
 class Options(argparse.ArgumentParser):
@@ -33,18 +45,6 @@ class Options(argparse.ArgumentParser):
         """Raise a UsageError."""
         usage = " ".join(self.format_usage().removeprefix("usage:").split())
         raise UsageError(f"{message}.", hint=f"Usage: {usage}")
-
-    def read(self, line: str) -> argparse.Namespace:
-        """Read a line; what follows a # is a comment.
-
-        Raises:
-            UsageError: it does not fit.
-        """
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(str(error).lower())
-        return self.parse_args(words)
 
     def option_names(self) -> list[str]:
         """Return all options as they are written."""
@@ -92,8 +92,8 @@ class HostMagic(ABC):
         """Return the text that `?` shows."""
         return self.options().format_help().removeprefix("usage: ")
 
-    def read(self, line: str, body: str | None) -> Any:
-        """Read its line, and see that it has the lines below exactly when it needs them.
+    def read(self, words: Sequence[str], body: str | None) -> argparse.Namespace:
+        """Read the words of its line, and see that it has the lines below exactly when it needs them.
 
         Raises:
             UsageError: it was written in another way.
@@ -104,4 +104,4 @@ class HostMagic(ABC):
             )
         if not self.is_cell_magic and body is not None:
             raise UsageError(f"%%{self.name} does not exist.", hint=f"Write {self.written}, on a line of its own.")
-        return self.options().read(line)
+        return self.options().parse_args(words)

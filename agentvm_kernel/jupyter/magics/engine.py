@@ -12,7 +12,7 @@ from typing import Any
 from agentvm_kernel.errors import AgentVMError
 from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.magics import assist, names
-from agentvm_kernel.jupyter.magics.arguments import HostMagic
+from agentvm_kernel.jupyter.magics.arguments import HostMagic, UsageError, split_words
 from agentvm_kernel.jupyter.magics.cell import Cell, Interrupted
 from agentvm_kernel.jupyter.magics.notebook import Notebook
 from agentvm_kernel.jupyter.magics.split import Code, Part, split
@@ -23,7 +23,7 @@ from agentvm_kernel.log import get_logger
 
 log = get_logger(__name__)
 
-MAX_LINE = 10_000
+MAX_WORD = 1000
 NOT_SHOWN = "\nNone\n"
 """Makes the value of a part's last expression one that is not shown."""
 
@@ -152,21 +152,37 @@ class HostCells:
         if part.wants_help:
             cell.pages.append(magic.help())
             return
-        line = await self._expand(cell, part.line)
-        arguments = magic.read(line, part.body)
+        words = await self._expand(cell, split_words(part.line))
+        arguments = magic.read(words, part.body)
         await magic.run(cell, arguments, part.body or "")
 
-    async def _expand(self, cell: Cell, line: str) -> str:
-        """Put the values of the user's variables into a line, as IPython does: `%snapshot step-{number}`."""
-        if "{" not in line and "$" not in line:
-            return line
-        reply = await cell.run_guest("", expressions={"line": f"get_ipython().var_expand({line!r})"})
-        value = (reply.content.get("user_expressions") or {}).get("line")
-        try:
-            text = ast.literal_eval(value["data"]["text/plain"]) if isinstance(value, dict) else line
-        except (KeyError, TypeError, ValueError, SyntaxError, RecursionError):
-            return line
-        return text[:MAX_LINE] if isinstance(text, str) else line
+    async def _expand(self, cell: Cell, words: list[str]) -> list[str]:
+        """Put the values of the user's variables into the words, as IPython does: `%snapshot step-{number}`.
+
+        The guest gives them, and it is hostile: a word stays one word, and does not become an option.
+        """
+        variable = {str(at): word for at, word in enumerate(words) if "{" in word or "$" in word}
+        if not variable:
+            return words
+        expressions = {at: f"get_ipython().var_expand({word!r})" for at, word in variable.items()}
+        reply = await cell.run_guest("", expressions=expressions)
+        values = reply.content.get("user_expressions") or {}
+        expanded = list(words)
+        for at, word in variable.items():
+            value = _text_of(values.get(at))
+            if value is None or (value.startswith("-") and not word.startswith("-")):
+                raise UsageError(f"{word!r} has no value that could stand here.")
+            expanded[int(at)] = value
+        return expanded
+
+
+def _text_of(result: Any) -> str | None:
+    """Return the string that an expression has given, None where it has given something else."""
+    try:
+        value = ast.literal_eval(result["data"]["text/plain"][:MAX_WORD])
+    except (KeyError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _changes_something(parts: list[Part]) -> bool:
