@@ -6,6 +6,7 @@ import sys
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from proxy_world import World
 
 from agentvm_kernel.jupyter.magics.names import CELL_MAGICS, HOST_MAGICS, LINE_MAGICS, mentions
 from agentvm_kernel.jupyter.magics.split import ALREADY_RUN, Code, HostMagic, split
@@ -164,6 +165,18 @@ def test_generated_cells_are_cut_exactly_at_their_magics(pieces):
             if line.strip() and not line.startswith("#")
         ]
         assert code == wanted
+
+
+@given(st.lists(HARMLESS, max_size=8))
+def test_cells_without_host_magics_reach_the_guest_byte_for_byte(pieces):
+    world = World().attach()
+    world.owner.plan_cell = lambda code: split(code) or None
+    message = world.client.msg("execute_request", content={"code": "\n".join(pieces), "allow_stdin": False})
+    frames = world.client.serialize(message, ident=[b"client"])
+    world.proxy.on_client_message("shell", frames)
+    ((_, parts),) = world.guest.received
+    assert parts == frames[-4:]
+    assert not world.owner.cells
 
 
 @given(st.text(max_size=200))
