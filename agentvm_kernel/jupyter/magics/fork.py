@@ -31,6 +31,8 @@ notebook's own machine is not touched, unless one of the copies is kept in its p
 """
 REDRAW_S = 0.15
 """Outputs of running copies are drawn so often at most, in seconds."""
+REDRAW_RATE = 1_000_000
+"""So many characters a second at most, since each drawing holds everything."""
 INTERRUPT_S = 10.0
 """So long copies may take to notice an interrupt, in seconds."""
 
@@ -73,19 +75,20 @@ class Panel:
         """There is more to see."""
         self._changed.set()
 
-    def draw(self) -> None:
-        """Show how things stand."""
+    def draw(self) -> int:
+        """Show how things stand; return how many characters that took."""
         self._changed.clear()
         data = {"text/plain": render.as_text(self._columns), "text/html": render.as_html(self._columns)}
         self._cell.display(data, display_id=self._id, update=self._drawn)
         self._drawn = True
+        return sum(map(len, data.values()))
 
     async def keep_drawn(self) -> None:
         """Draw whenever something has changed, until cancelled."""
         while True:
             await self._changed.wait()
-            self.draw()
-            await asyncio.sleep(REDRAW_S)
+            size = self.draw()
+            await asyncio.sleep(max(REDRAW_S, size / REDRAW_RATE))
 
 
 class ForkMagic(HostMagic):
@@ -141,13 +144,13 @@ class ForkMagic(HostMagic):
             kept = self._conclude(cell, branches, keep)
         finally:
             drawing.cancel()
-            for branch in branches:
-                if branch is not kept:
-                    await branch.lease.release()
+            await asyncio.gather(*(branch.lease.release() for branch in branches if branch is not kept))
 
     async def _run_all(self, cell: Cell, branches: list[Branch], body: str, panel: Panel) -> None:
+        timeout_s = cell.notebook.limits.timeout_s or None
         running = [
-            asyncio.ensure_future(self._run_one(branch, number, body, panel)) for number, branch in enumerate(branches)
+            asyncio.ensure_future(self._run_one(branch, number, body, panel, timeout_s))
+            for number, branch in enumerate(branches)
         ]
         interrupted = asyncio.ensure_future(cell.interrupted.wait())
         everything = asyncio.gather(*running)
@@ -164,7 +167,7 @@ class ForkMagic(HostMagic):
             interrupted.cancel()
             everything.cancel()
 
-    async def _run_one(self, branch: Branch, number: int, body: str, panel: Panel) -> None:
+    async def _run_one(self, branch: Branch, number: int, body: str, panel: Panel, timeout_s: float | None) -> None:
         column = branch.column
         column.state = "running"
         panel.changed()
@@ -176,7 +179,7 @@ class ForkMagic(HostMagic):
         cells = Cells(branch.lease)
         try:
             await cells.run(f"FORK = {number}", store=False)
-            branch.result = await cells.run(body, store=False, on_output=on_output)
+            branch.result = await cells.run(body, timeout_s, store=False, on_output=on_output)
         except AgentVMError as error:
             branch.lost = error
             column.outputs = [
