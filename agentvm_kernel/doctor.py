@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from agentvm_kernel.errors import AgentVMError
+from agentvm_kernel.errors import AgentVMError, ConfigError
 
 if TYPE_CHECKING:
     from agentvm_kernel.sandbox.settings import SandboxSettings
@@ -62,6 +62,7 @@ def examine() -> list[Row]:
         "accelerator": check_accelerator,
         "/dev/kvm for QEMU": partial(check_qemu_user, settings),
         "vsock": check_vsock,
+        "freeze and thaw": partial(check_mechanism, settings),
         "orphans": check_orphans,
         "folders": check_folders,
         "disk space": check_space,
@@ -159,6 +160,26 @@ def check_vsock() -> Row:
     if problem := vsock_problem():
         return Row("vsock", "warn", f"{problem}; a virtio-serial port is used instead", "modprobe vhost_vsock")
     return Row("vsock", "ok", "virtio-vsock is used")
+
+
+def check_mechanism(settings: "SandboxSettings") -> Row:
+    """How machines are frozen and thawed: tried now with an empty one, since what was remembered may be out of date."""
+    name = "freeze and thaw"
+    try:
+        from agentvm_kernel.hypervisor import mechanism
+        from agentvm_kernel.hypervisor.connection import Hypervisor
+
+        forced = os.environ.get(mechanism.VARIABLE, "auto") not in ("", "auto")
+        with Hypervisor(settings.uri) as hypervisor:
+            found = mechanism.choose(hypervisor) if forced else mechanism.probe(hypervisor)
+    except ConfigError as error:
+        return Row(name, "fail", error.message, f"unset {mechanism.VARIABLE}")
+    except (ImportError, AgentVMError):
+        return Row(name, "warn", "not known as long as libvirt does not answer")
+    if found.kind == "pass-through":
+        return Row(name, "ok", f"pass-through: {found.reason}")
+    mend = f"unset {mechanism.VARIABLE}" if forced else ""
+    return Row(name, "warn", f"internal snapshots (several times slower): {found.reason}", mend)
 
 
 def check_orphans() -> Row:

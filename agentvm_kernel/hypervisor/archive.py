@@ -64,8 +64,14 @@ def write(hypervisor: Hypervisor, snapshot: Snapshot, path: Path) -> int:
 
     Raises:
         SnapshotMismatchError: files of the snapshot changed since it was frozen.
+        SnapshotError: it is an internal one (see `internal`).
         HostError: the disk is full, or a tool is missing.
     """
+    if snapshot.internal:
+        raise SnapshotError(
+            f"Snapshot {snapshot.name or snapshot.id} lies inside its disk image, which cannot be written to a file.",
+            hint="Only snapshots made by pass-through to QEMU can; `agentvm doctor` says why this host makes others.",
+        )
     image = _image(snapshot)
     base, above = sources(hypervisor, snapshot)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from agentvm_kernel.errors import AgentVMError, ConfigError, QemuMissingError, UnreachableError
+from agentvm_kernel.errors import AgentVMError, ConfigError, MachineTimeout
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles, write_atomically, write_private
@@ -82,14 +82,17 @@ def probe(hypervisor: Hypervisor) -> Mechanism:
     """Freeze and thaw an empty machine by pass-through, remember whether that worked and return it. It takes a second.
 
     Raises:
-        HostError: libvirt cannot be reached, or it has no QEMU.
+        AgentVMError: no machine can be started at all, pass-through or not.
+        OSError: the disk is full.
     """
     try:
         _try_pass_through(hypervisor)
         found = Mechanism("pass-through", "QEMU's memory files and its monitor can be used")
-    except (UnreachableError, QemuMissingError):
-        raise
-    except (AgentVMError, OSError) as error:
+    except AgentVMError as error:
+        # What fails without pass-through as well is another matter, and so is what a loaded host does not do in time.
+        if isinstance(error, MachineTimeout):
+            raise
+        _try_plain(hypervisor)
         found = Mechanism("internal", f"pass-through to QEMU is refused: {error}")
     log.info("freeze_mechanism", kind=found.kind, reason=found.reason)
     record = {"host": _host(hypervisor), "at": time.time(), **asdict(found)}
@@ -137,6 +140,14 @@ def _try_pass_through(hypervisor: Hypervisor) -> None:
         frozen.destroy()
 
 
+def _try_plain(hypervisor: Hypervisor) -> None:
+    machine = _empty_machine(hypervisor)
+    try:
+        machine.start(_empty_xml(machine, None), paused=True)
+    finally:
+        machine.destroy()
+
+
 def _empty_machine(hypervisor: Hypervisor) -> "Machine":
     from agentvm_kernel.hypervisor.machine import Machine
 
@@ -163,8 +174,8 @@ def _empty_machine(hypervisor: Hypervisor) -> "Machine":
     return machine
 
 
-def _empty_xml(machine: "Machine", arguments: list[str]) -> str:
-    """Return the XML of a machine without disk and kernel."""
+def _empty_xml(machine: "Machine", arguments: list[str] | None) -> str:
+    """Return the XML of a machine without disk and kernel; None for `arguments` does without pass-through."""
     from agentvm_kernel.hypervisor.domain_xml import CPU_MODES, MACHINE_TYPE, QEMU_NAMESPACE, add_dac_label
 
     kind = machine.hardware.accelerator
@@ -179,7 +190,8 @@ def _empty_xml(machine: "Machine", arguments: list[str]) -> str:
     ElementTree.SubElement(devices, "controller", type="usb", model="none")
     ElementTree.SubElement(devices, "memballoon", model="none")
     add_dac_label(domain, machine.hypervisor.dac_user)
-    commandline = ElementTree.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
-    for argument in ["-pidfile", str(machine.files.pid_file), *arguments]:
-        ElementTree.SubElement(commandline, f"{{{QEMU_NAMESPACE}}}arg", value=argument)
+    if arguments is not None:
+        commandline = ElementTree.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
+        for argument in ["-pidfile", str(machine.files.pid_file), *arguments]:
+            ElementTree.SubElement(commandline, f"{{{QEMU_NAMESPACE}}}arg", value=argument)
     return ElementTree.tostring(domain, encoding="unicode")

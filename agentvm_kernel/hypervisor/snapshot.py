@@ -263,6 +263,7 @@ def find_template(
 
 def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
     """Return in words what keeps `snapshot` from being thawed here; empty when nothing does."""
+    from agentvm_kernel.hypervisor import mechanism
     from agentvm_kernel.image.initramfs import runtime_digest
 
     found = []
@@ -276,6 +277,8 @@ def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
         found.append(f"it ran under {snapshot.hardware.accelerator}, here machines run under {here}")
     if runtime_digest() != snapshot.hardware.runtime:
         found.append("it has another version of agentvm's guest runtime in it")
+    if not snapshot.internal and (way := mechanism.known(hypervisor)) is not None and way.kind == "internal":
+        found.append(f"it needs pass-through to QEMU, and machines are thawed otherwise here: {way.reason}")
     layer: Path | None = snapshot.disk
     while layer is not None:
         if not layer.exists():

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import libvirt
 import pytest
 from toy_guest import counter, wait_until_counting
 
-from agentvm_kernel.errors import ConfigError, MonitorError
-from agentvm_kernel.hypervisor import internal, mechanism
+from agentvm_kernel.errors import ConfigError, LibvirtError, MonitorError, SnapshotError
+from agentvm_kernel.hypervisor import archive, internal, mechanism
 from agentvm_kernel.hypervisor import snapshot as store
 from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
@@ -22,7 +24,7 @@ from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir
 from agentvm_kernel.hypervisor.freeze import freeze_template
 from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.reap import qemu_alive, reap
-from agentvm_kernel.hypervisor.snapshot import Snapshot, find_template
+from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, find_template
 from agentvm_kernel.hypervisor.tags import Owner, Tags
 from agentvm_kernel.hypervisor.thaw import own_xml, thaw
 from agentvm_kernel.image.store import Image
@@ -114,6 +116,26 @@ def test_a_template_made_the_other_way_is_not_taken(
     assert find_template(hypervisor, **wanted) == template
     monkeypatch.setenv(mechanism.VARIABLE, "pass-through")
     assert find_template(hypervisor, **wanted) is None
+
+
+def test_a_snapshot_that_needs_pass_through_is_refused_where_there_is_none(
+    hypervisor: Hypervisor, template: Snapshot, tmp_path: Path
+) -> None:
+    assert differences(hypervisor, template) == []
+    other = replace(template, internal=False)
+    assert any("needs pass-through to QEMU" in text for text in differences(hypervisor, other))
+    with pytest.raises(SnapshotError, match="cannot be written to a file"):
+        archive.write(hypervisor, template, tmp_path / "x")
+
+
+def test_a_host_that_starts_no_machine_at_all_is_not_taken_for_one_that_refuses_pass_through(
+    hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(mechanism.VARIABLE, raising=False)
+    monkeypatch.setattr("agentvm_kernel.hypervisor.domain_xml.MACHINE_TYPE", "abacus")
+    with pytest.raises(LibvirtError, match="abacus"):
+        mechanism.probe(hypervisor)
+    assert list(machines_dir().iterdir()) == []
 
 
 def test_where_pass_through_works_it_is_used_and_asked_for_once(

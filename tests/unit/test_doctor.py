@@ -9,7 +9,7 @@ import pytest
 
 from agentvm_kernel import cli, doctor
 from agentvm_kernel.doctor import Row
-from agentvm_kernel.hypervisor import accelerator
+from agentvm_kernel.hypervisor import accelerator, mechanism
 from agentvm_kernel.sandbox.settings import SandboxSettings
 
 SETTINGS = SandboxSettings()
@@ -122,6 +122,25 @@ def test_without_vsock_virtio_serial_is_used(monkeypatch):
     assert "virtio-serial" in row.detail
     monkeypatch.setattr("agentvm_kernel.transport.host.vsock_problem", lambda: "")
     assert doctor.check_vsock().status == "ok"
+
+
+@pytest.mark.parametrize(("kind", "status"), [("pass-through", "ok"), ("internal", "warn")])
+def test_how_machines_are_frozen_is_tried_and_shown(monkeypatch, kind, status):
+    monkeypatch.setattr("agentvm_kernel.hypervisor.connection.Hypervisor", FakeHypervisor)
+    monkeypatch.setattr(mechanism, "probe", lambda _: mechanism.Mechanism(kind, "because"))
+    row = doctor.check_mechanism(SETTINGS)
+    assert (row.status, row.detail.endswith(": because")) == (status, True)
+    monkeypatch.setenv(mechanism.VARIABLE, kind)
+    monkeypatch.setattr(mechanism, "probe", None)
+    row = doctor.check_mechanism(SETTINGS)
+    assert (row.status, row.mend) == (status, "" if status == "ok" else "unset AGENTVM_FREEZE")
+
+
+def test_a_mechanism_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr("agentvm_kernel.hypervisor.connection.Hypervisor", FakeHypervisor)
+    monkeypatch.setenv(mechanism.VARIABLE, "magic")
+    row = doctor.check_mechanism(SETTINGS)
+    assert (row.status, row.mend) == ("fail", "unset AGENTVM_FREEZE")
 
 
 def test_orphans_are_looked_at_here():
