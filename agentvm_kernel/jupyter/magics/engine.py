@@ -86,9 +86,13 @@ class HostCells:
                 return
             self._proxy.show_input(request)
             content, of_guest = await self._run_parts(cell, parts)
-            self._proxy.end_cell(request, content, of_guest)
+        except Exception as error:
+            # Whatever it is: a cell without an answer would block all that follow.
+            log.error("host_cell", exc_info=True)
+            content, of_guest = _shown(cell, error), None
         finally:
             self._cell = None
+        self._proxy.end_cell(request, content, of_guest)
 
     async def _checkpoint(self, cell: Cell) -> None:
         try:
