@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STREAM_BLOCK = 1024 * 1024
@@ -112,6 +113,87 @@ def _explain_host_magics(shell: Any) -> None:
         define(name, "cell")
 
 
+class _Interrupts:
+    """Lets SIGINT into the user's code only.
+
+    While ipykernel serves a request, it takes an interrupt wherever it is: before the cell's first statement it is lost; in the middle
+    of a message it costs the reply, and the cell never ends. Here one that comes between waits for the cell's next statement.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._main = threading.get_ident()
+        self._open = True
+        self._waiting = False
+        kernel, shell, session = app.kernel, app.shell, app.session
+        self._kernel = kernel
+        kernel.pre_handler_hook = self._take_over
+        kernel.shell_handlers["execute_request"] = self._around_cell(kernel.shell_handlers["execute_request"])
+        shell.run_code = self._around_statement(shell.run_code)
+        shell.events.trigger = self._around_callbacks(shell.events.trigger)
+        session.send = self._around_message(session.send)
+
+    def _take_over(self) -> None:
+        self._open, self._waiting = True, False
+        self._kernel.saved_sigint_handler = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._waiting = True
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._open and self._waiting and threading.get_ident() == self._main:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _set(self, is_open: bool) -> Iterator[None]:
+        if threading.get_ident() != self._main:  # a subshell's thread; signals come to the main one only
+            yield
+            return
+        before, self._open = self._open, is_open
+        try:
+            yield
+        finally:
+            self._open = before
+
+    def _around_message(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        def send_whole(*arguments: Any, **named: Any) -> Any:
+            with self._set(False):
+                sent = send(*arguments, **named)
+            self._raise()
+            return sent
+
+        return send_whole
+
+    def _around_statement(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        async def run_code(*arguments: Any, **named: Any) -> Any:
+            with self._set(True):
+                self._raise()
+                return await run(*arguments, **named)
+
+        return run_code
+
+    def _around_callbacks(self, trigger: Callable[..., Any]) -> Callable[..., Any]:
+        def trigger_interruptibly(*arguments: Any, **named: Any) -> None:
+            # Figures are drawn there. IPython shows what a callback raises; what is raised between two of them waits.
+            try:
+                with self._set(True):
+                    trigger(*arguments, **named)
+            except KeyboardInterrupt:
+                self._waiting = True
+
+        return trigger_interruptibly
+
+    def _around_cell(self, execute: Callable[..., Any]) -> Callable[..., Any]:
+        async def execute_request(*arguments: Any) -> None:
+            with self._set(False):
+                await execute(*arguments)
+                if threading.get_ident() == self._main:
+                    self._waiting = False
+
+        return execute_request
+
+
 def main() -> None:
     """Start ipykernel and stay in its loop until it ends."""
     agent = socket.socket(fileno=int(sys.argv[1]))
@@ -140,6 +222,7 @@ def main() -> None:
     app.initialize(["-f", connection_file, "--HistoryManager.hist_file=:memory:"])  # type: ignore[no-untyped-call]
     _make_output_wait(app)
     _explain_host_magics(app.shell)
+    _Interrupts(app)
     # What is imported now stays: the collector need not touch it, so machines that share these pages go on sharing them.
     gc.collect()
     gc.freeze()

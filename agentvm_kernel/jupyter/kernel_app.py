@@ -129,7 +129,7 @@ class KernelApp:
 
     def interrupt(self, done: Callable[[dict[str, Any]], None]) -> None:
         """Send SIGINT to the guest's kernel, then call `done` with the content of the reply."""
-        self._spawn(self._interrupt(done))
+        self._proxy.when_cell_runs(lambda: self._spawn(self._interrupt(done)))
 
     def shutdown(self) -> None:
         """End this process; the machine is given back on the way out."""

@@ -34,6 +34,7 @@ log = get_logger(__name__)
 
 ASSISTED = frozenset({"complete_request", "inspect_request"})
 KERNEL_INFO_PATIENCE_S = 1.0
+BEGIN_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
 
 
@@ -68,6 +69,7 @@ class Proxy:
         self._shown: tuple[Request, str] | None = None
         # The cells that have asked for input and have no answer yet.
         self._asking: list[Request] = []
+        self._awaited: list[Callable[[], object]] = []
         self._on_host: dict[str, Callable[[ClientMessage, Request], None]] = {
             "kernel_info_request": self._kernel_info,
             "connect_request": self._connect,
@@ -144,6 +146,9 @@ class Proxy:
         request = self._turns.first_cell()
         if request is not None and self._shown != (request, text):
             self._shown = (request, text)
+            if request.plan is None and request.code is not None:
+                self.show_input(request)  # clients expect it before any output
+                request.input_shown = True
             self._tell(request, text)
 
     def tell_running(self, text: str) -> None:
@@ -364,6 +369,22 @@ class Proxy:
             else:
                 self._answer(request, {"status": "aborted"})
 
+    def when_cell_runs(self, then: Callable[[], object]) -> None:
+        """Call something once the guest runs the cell whose turn it is, or soon after: a cell takes no interrupt before it runs."""
+        cell = self._requests.next_cell()
+        if cell is None or cell.begun:
+            then()
+            return
+        self._awaited.append(then)
+        self._owner.call_later(BEGIN_PATIENCE_S, self._begun)
+
+    def _begun(self, cell: Request | None = None) -> None:
+        if cell is not None:
+            cell.begun = True
+        awaited, self._awaited = self._awaited, []
+        for then in awaited:
+            then()
+
     def _shutdown(self, message: ClientMessage, request: Request) -> None:
         content = {"status": "ok", "restart": message.content().get("restart") is True}
         self._answer(request, content)
@@ -403,9 +424,12 @@ class Proxy:
             return
         if message.msg_type == "status":
             self._set_status(request, Progress.BUSY if message.content["execution_state"] == "busy" else Progress.IDLE)
+            if request.silent:
+                self._begun(request)
             return
         if message.msg_type == "execute_input":
-            if request.is_part:
+            self._begun(request)
+            if request.is_part or request.input_shown:
                 return
             if request.code is None:
                 self._drop("guest iopub", "execute_input that is not due")

@@ -54,6 +54,8 @@ class Request:
         progress: which status was published last.
         in_turn: of the main shell, where requests are served one after the other.
         in_guest: it was passed on.
+        begun: the guest has said that it runs this cell.
+        input_shown: its execute_input was published before the guest had it.
         content: of a cell, all that the client sent.
         metadata: likewise.
         stop_on_error: cells that wait are aborted when this one fails.
@@ -74,6 +76,8 @@ class Request:
     progress: Progress = Progress.QUEUED
     in_turn: bool = False
     in_guest: bool = False
+    begun: bool = False
+    input_shown: bool = False
     content: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     stop_on_error: bool = True
@@ -155,6 +159,11 @@ class RequestTable:
     def main_shell_busy(self) -> bool:
         """Whether the guest still works on a request of the main shell."""
         return any(request.in_guest and request.in_turn for request in self._pending.values())
+
+    def next_cell(self) -> Request | None:
+        """Return the cell that the guest runs in the main shell, or will run next."""
+        cells = (request for request in self._pending.values() if request.in_guest and request.in_turn)
+        return next((request for request in cells if request.is_cell), None)
 
     def elsewhere(self) -> list[Request]:
         """Return what the guest works on besides the main shell: cells on subshells, calls of the debugger."""

@@ -190,6 +190,15 @@ async def test_interrupting_a_loop(kernel, way):
     assert text(outputs) == "1 False\n"
 
 
+async def test_no_interrupt_is_lost_however_early_it_comes(kernel):
+    for number in range(40):
+        asked = kernel.client.execute("import time; time.sleep(600)")
+        await asyncio.sleep(number / 2000)
+        await kernel.manager.interrupt_kernel()
+        reply, _ = await kernel.result(asked)
+        assert reply["ename"] == "KeyboardInterrupt"
+
+
 async def test_interrupting_input(kernel):
     asked = kernel.client.execute("input()", allow_stdin=True)
     await kernel.client.get_stdin_msg(timeout=TIMEOUT_S)

@@ -467,7 +467,11 @@ def test_progress_is_shown_to_the_first_waiting_cell_and_removed(waiting):
     waiting.proxy.show_progress("booting")
     waiting.proxy.show_progress("booting")
     waiting.attach()
-    assert waiting.take() == [("iopub", "stream", asked), ("iopub", "clear_output", asked)]
+    begins = [("iopub", "status", asked), ("iopub", "execute_input", asked)]
+    assert waiting.take() == [*begins, ("iopub", "stream", asked), ("iopub", "clear_output", asked)]
+    waiting.guest.say_status(asked, "busy")
+    waiting.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "a", "execution_count": 1})
+    assert waiting.take() == []
     assert silent
 
 
@@ -520,6 +524,28 @@ def test_a_lost_machine_ends_what_it_was_doing_and_the_next_cell_is_told(world):
 def test_an_old_guest_cannot_speak_for_a_new_one(world):
     world.proxy.detach(MachineLost("gone"))
     assert world.guest.on_message == {}
+
+
+def test_an_interrupt_waits_until_the_cell_runs(world):
+    sent = []
+    world.proxy.when_cell_runs(lambda: sent.append("idle"))
+    asked = world.execute("1")
+    world.proxy.when_cell_runs(lambda: sent.append("soon"))
+    world.guest.say_status(asked, "busy")
+    assert sent == ["idle"]
+    world.guest.say(Channel.IOPUB, "execute_input", asked, {"code": "1", "execution_count": 1})
+    assert sent == ["idle", "soon"]
+    world.owner.later()
+    world.proxy.when_cell_runs(lambda: sent.append("running"))
+    assert sent == ["idle", "soon", "running"]
+
+
+def test_an_interrupt_does_not_wait_for_long(world):
+    sent = []
+    world.execute("1", silent=True)
+    world.proxy.when_cell_runs(lambda: sent.append("late"))
+    world.owner.later()
+    assert sent == ["late"]
 
 
 def test_interrupting_cells_that_wait_for_a_machine(waiting):
