@@ -9,15 +9,58 @@ import time
 import uuid
 from typing import Any
 
-from agentvm_kernel.errors import MachineLost
+from agentvm_kernel.errors import AuthenticationError, ConnectionClosed, MachineLost
 from agentvm_kernel.hypervisor.machine import Machine
-from agentvm_kernel.transport.connection import GuestConnection
+from agentvm_kernel.log import get_logger
+from agentvm_kernel.transport.connection import GuestConnection, open_connection
+
+log = get_logger(__name__)
 
 RENEW_TIMEOUT_S = 20.0
+CONNECTIONS = 3
+RECONNECT_S = 5.0
+
+
+async def connect_thawed(machine: Machine, *, reseed: bool, hostname: str = "", timeout_s: float) -> GuestConnection:
+    """Connect to a machine that was thawed and runs, and give it an identity of its own (see `renew_identity`).
+
+    A guest with a vsock learns a moment after it resumed that it was moved, and then ends all connections, those made meanwhile as well
+    (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, virtio 1.2, 5.10.6.6). So a connection that is lost here is made anew; if that happened after the
+    guest had taken its new secret, with that.
+
+    Args:
+        machine: resumed after a thaw.
+        reseed: see `renew_identity`.
+        hostname: see `renew_identity`.
+        timeout_s: for the first connection.
+
+    Raises:
+        AgentVMError: it does not answer or confirm; it must not be handed out.
+    """
+    secret = os.urandom(32)
+    proof = machine.secret
+    for left in reversed(range(CONNECTIONS)):
+        try:
+            connection = await open_connection(machine.address, proof, timeout_s=timeout_s)
+        except AuthenticationError:
+            if left == CONNECTIONS - 1 or proof == secret or not left:
+                raise
+            proof = secret
+            continue
+        try:
+            await renew_identity(connection, machine, reseed=reseed, hostname=hostname, secret=secret)
+            return connection
+        except BaseException as error:
+            await connection.close()
+            if not isinstance(error, ConnectionClosed) or not left:
+                raise
+            timeout_s = min(timeout_s, RECONNECT_S)  # it was there just now
+            log.info("connection_reset_after_thaw", machine=machine.name, reason=str(error))
+    raise AssertionError("the last attempt returns or raises")
 
 
 async def renew_identity(
-    connection: GuestConnection, machine: Machine, *, reseed: bool, hostname: str = ""
+    connection: GuestConnection, machine: Machine, *, reseed: bool, hostname: str = "", secret: bytes | None = None
 ) -> dict[str, Any]:
     """Give the machine an identity of its own and wait until it has confirmed every part of it.
 
@@ -26,11 +69,12 @@ async def renew_identity(
         machine: whose secret is replaced by a new one.
         reseed: also reseed `random` and `numpy.random` in the kernel process (not for a user's own restored machine).
         hostname: what the machine shall call itself; empty takes its name.
+        secret: its new one; None makes one up.
 
     Raises:
         MachineLost: the machine did not confirm; it must not be handed out (HAZARDS 1-4, 6).
     """
-    secret = os.urandom(32)
+    secret = secret or os.urandom(32)
     wanted = {
         "entropy": base64.b64encode(os.urandom(256)).decode(),
         "time_ns": time.time_ns(),

@@ -25,8 +25,7 @@ from agentvm_kernel.hypervisor.thaw import thaw
 from agentvm_kernel.image import store
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox import pool, templates
-from agentvm_kernel.sandbox.identity import renew_identity
-from agentvm_kernel.transport.connection import open_connection
+from agentvm_kernel.sandbox.identity import connect_thawed
 
 log = get_logger(__name__)
 
@@ -173,9 +172,8 @@ async def prepare(hypervisor: Hypervisor, template: Snapshot, key: str) -> Machi
     machine = await asyncio.to_thread(thaw, hypervisor, template, state="preparing")
     try:
         await asyncio.to_thread(machine.resume)
-        connection = await open_connection(machine.address, machine.secret, timeout_s=ANSWER_TIMEOUT_S)
+        connection = await connect_thawed(machine, reseed=True, timeout_s=ANSWER_TIMEOUT_S)
         try:
-            await renew_identity(connection, machine, reseed=True)
             await connection.call("kernel.warm_up", timeout_s=ANSWER_TIMEOUT_S)
             await connection.call("quiesce", timeout_s=ANSWER_TIMEOUT_S)
         finally:

@@ -21,7 +21,7 @@ from agentvm_kernel.image import store
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox import pool, templates
-from agentvm_kernel.sandbox.identity import renew_identity, wake
+from agentvm_kernel.sandbox.identity import connect_thawed, wake
 from agentvm_kernel.sandbox.settings import IdlePolicy, SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
 
@@ -163,11 +163,9 @@ async def from_snapshot(
         AgentVMError: it cannot be thawed or does not confirm its identity.
     """
     machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot)
-    connection = await _connect(machine)
     try:
-        await renew_identity(connection, machine, reseed=reseed, hostname=hostname)
+        connection = await connect_thawed(machine, reseed=reseed, hostname=hostname, timeout_s=THAW_TIMEOUT_S)
     except BaseException:
-        await connection.close()
         await asyncio.to_thread(machine.release)
         raise
     return Lease(hypervisor, machine, connection)

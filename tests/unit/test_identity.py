@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from agentvm_kernel.errors import MachineLost
-from agentvm_kernel.sandbox.identity import renew_identity, wake
+from agentvm_kernel.errors import AuthenticationError, ConnectionClosed, MachineLost
+from agentvm_kernel.sandbox import identity
+from agentvm_kernel.sandbox.identity import connect_thawed, renew_identity, wake
 
 PARTS = ("entropy", "time", "hostname", "machine_id", "boot_id", "secret")
 OF_CLONES = ("reseed", "connections")
@@ -70,3 +71,56 @@ async def test_a_machine_that_does_not_confirm_its_clock_after_a_pause_is_lost()
     for answer in ({}, {"entropy": True}, {"entropy": True, "time": False}):
         with pytest.raises(MachineLost, match="clock"):
             await wake(Guest(**answer), machine())
+
+
+class Reset:
+    """Connections to a machine whose vsock is reset after it was thawed.
+
+    Args:
+        lost: so many connections end while the identity is renewed.
+        taken: the machine has taken its new secret before that.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, lost: int, taken: bool) -> None:
+        self.lost, self.taken, self.secret, self.closed = lost, taken, b"old", 0
+        monkeypatch.setattr(identity, "open_connection", self.open)
+
+    async def open(self, address: object, secret: bytes, *, timeout_s: float) -> "Reset":
+        if secret != self.secret:
+            raise AuthenticationError("wrong secret")
+        return self
+
+    async def call(self, method: str, params: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        if self.lost:
+            self.lost -= 1
+            if self.taken:
+                self.secret = identity.base64.b64decode(params["secret"])
+            raise ConnectionClosed("reset")
+        self.secret = identity.base64.b64decode(params["secret"])
+        return all_but()
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_connection_that_the_thaw_resets_is_made_anew(monkeypatch, taken):
+    one = SimpleNamespace(name="agentvm-1", secret=b"old", address=None)
+    guest = Reset(monkeypatch, lost=1, taken=taken)
+    assert await connect_thawed(one, reseed=True, timeout_s=1) is guest
+    assert guest.closed == 1
+    assert one.secret == guest.secret != b"old"
+
+
+async def test_a_machine_that_ends_every_connection_is_given_up(monkeypatch):
+    guest = Reset(monkeypatch, lost=9, taken=False)
+    with pytest.raises(ConnectionClosed):
+        await connect_thawed(SimpleNamespace(name="m", secret=b"old", address=None), reseed=True, timeout_s=1)
+    assert guest.closed == identity.CONNECTIONS
+
+
+async def test_a_machine_that_does_not_know_its_secret_is_not_tried_with_another(monkeypatch):
+    guest = Reset(monkeypatch, lost=0, taken=False)
+    with pytest.raises(AuthenticationError):
+        await connect_thawed(SimpleNamespace(name="m", secret=b"other", address=None), reseed=True, timeout_s=1)
+    assert guest.closed == 0
