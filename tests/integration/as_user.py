@@ -12,6 +12,7 @@ from pathlib import Path
 
 from toy_guest import counter, toy_image, wait_until_counting
 
+from agentvm_kernel.hypervisor import mechanism
 from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import machines_dir, sockets_dir
@@ -25,7 +26,7 @@ from agentvm_kernel.hypervisor.thaw import thaw
 def main() -> None:
     seen: dict[str, object] = {"user": os.geteuid()}
     with Hypervisor() as hypervisor:
-        seen["uri"] = hypervisor.uri
+        seen["uri"], seen["way"] = hypervisor.uri, mechanism.choose(hypervisor).kind
         image = toy_image(Path(tempfile.mkdtemp()) / "image")
         machine = boot_machine(hypervisor, image, "light", template=True)
         wait_until_counting(machine)

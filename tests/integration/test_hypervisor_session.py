@@ -106,13 +106,16 @@ def python_for(name: str) -> str:
     pytest.skip(f"no Python {sys.version_info[0]}.{sys.version_info[1]} that every user may run")
 
 
-def test_a_normal_user_freezes_and_thaws_machines_of_their_own(user: str, readable: Path) -> None:
-    done = as_user(user, python_for(user), str(readable / "as_user.py"), PYTHONPATH=str(readable))
+@pytest.mark.parametrize("way", ["auto", "internal"])
+def test_a_normal_user_freezes_and_thaws_machines_of_their_own(user: str, readable: Path, way: str) -> None:
+    environment = {"PYTHONPATH": str(readable), "AGENTVM_FREEZE": way}
+    done = as_user(user, python_for(user), str(readable / "as_user.py"), **environment)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     print(seen)
     assert seen["uri"] == "qemu:///session"
     assert seen["qemu_user"] == seen["user"] != 0
+    assert seen["way"] == ("internal" if way == "internal" else "pass-through")
     assert seen["same_start"]
     assert seen["went_on"]
     assert seen["second_stood_still"]
