@@ -83,9 +83,12 @@ class TimeTravel:
             logged and is no reason not to run the cell.
         """
         async with self._lock:
-            if self._untouched and self._here:
-                self._untouched = False
-                return await asyncio.to_thread(files.load, self._here)
+            if self._untouched and self._here and lease.machine.name == self._machine:
+                at = await asyncio.to_thread(files.load, self._here)
+                # `undo` goes back to automatic ones only.
+                if at.automatic:
+                    self._untouched = False
+                    return at
             try:
                 numbers = [
                     int(one.name[len("before-") :])
@@ -99,6 +102,10 @@ class TimeTravel:
             self._untouched = False
             self._in_background(self._prune())
             return made
+
+    def touched(self) -> None:
+        """Note that something was run in the machine without a checkpoint before it."""
+        self._untouched = False
 
     async def restore(self, name: str, current: Lease | None) -> Lease:
         """Return a machine that is where the snapshot was taken. The caller attaches it and then releases `current`.
@@ -190,9 +197,14 @@ class TimeTravel:
             snapshot = await asyncio.to_thread(snapshot_store.find, name, self.session)
             return await asyncio.to_thread(snapshot_store.export, snapshot)
 
+    async def settled(self) -> None:
+        """Wait until all that goes on in the background is done."""
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
+
     async def end(self) -> None:
         """Delete all snapshots of the session that were not exported, once background work is done; its machines are given back."""
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.settled()
         async with self._lock:
             await asyncio.to_thread(snapshot_store.end_session, self.session)
 

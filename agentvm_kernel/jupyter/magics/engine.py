@@ -114,6 +114,7 @@ class HostCells:
                     reply = await cell.run_guest(
                         code, store=is_last and cell.stores, expressions=cell.expressions if is_last else None
                     )
+                    self.notebook.touched()
                     if is_last:
                         return {**reply.content, **cell.payload(reply.content)}, reply
                     if reply.content["status"] != "ok":

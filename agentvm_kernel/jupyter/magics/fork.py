@@ -200,6 +200,7 @@ class ForkMagic(HostMagic):
                     f"Copy {keep} failed ({failed[keep]}), so the notebook goes on with the machine it had."
                 )
             cell.notebook.use(branches[keep].lease)
+            cell.notebook.touched()
             cell.write(f"The notebook goes on with copy {keep}.")
             return branches[keep]
         if len(failed) == len(branches):

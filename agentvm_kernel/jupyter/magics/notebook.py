@@ -61,6 +61,8 @@ class Notebook:
 
     @checkpoints.setter
     def checkpoints(self, wanted: bool) -> None:
+        if wanted and not self._proxy.plans_all:
+            self.touched()  # by all cells so far
         self._proxy.plans_all = wanted
 
     @property
@@ -128,6 +130,11 @@ class Notebook:
     async def fresh(self) -> AnyLease:
         """Return another machine, as at the start of the notebook. Raises AgentVMError."""
         return await self._backend.acquire(lambda text: None)
+
+    def touched(self) -> None:
+        """Note that something was run in the machine without an automatic snapshot before it."""
+        if self._travel is not None:
+            self._travel.touched()
 
     async def checkpoint(self) -> None:
         """Make the automatic snapshot before a cell."""
