@@ -6,6 +6,7 @@ import pytest
 
 from agentvm_kernel import config
 from agentvm_kernel.errors import ConfigError
+from agentvm_kernel.sandbox.settings import CellLimits
 
 
 @pytest.fixture
@@ -90,3 +91,20 @@ def test_a_file_that_was_named_must_exist(files, monkeypatch, tmp_path):
     monkeypatch.setenv("AGENTVM_CONFIG", str(tmp_path / "missing.toml"))
     with pytest.raises(ConfigError, match=r"missing\.toml: No such file"):
         config.load_config()
+
+
+def test_cells_are_limited_as_the_user_wants_and_the_owner_allows(files, monkeypatch):
+    owner, user = files
+    owner.write_text("[limits]\nmax_cell_timeout_s = 600\nmax_output_bytes = 1000\nmax_forks = 4\n")
+    settings = config.load_config().sandbox_settings()
+    assert settings.cells == CellLimits(timeout_s=600, output_bytes=1000, max_timeout_s=600, max_output_bytes=1000)
+    assert settings.max_forks == 4
+    user.write_text("cell_timeout_s = 60\noutput_cap_bytes = 5000\n[limits]\nmax_forks = 16\n")
+    settings = config.load_config().sandbox_settings()
+    assert (settings.cells.timeout_s, settings.cells.output_bytes, settings.max_forks) == (60, 1000, 4)
+    monkeypatch.setenv("AGENTVM_CELL_TIMEOUT", "5")
+    assert config.load_config().sandbox_settings().cells.timeout_s == 5
+
+
+def test_without_settings_cells_are_not_limited(files):
+    assert config.load_config().sandbox_settings().cells == CellLimits()

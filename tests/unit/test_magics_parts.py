@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentvm_kernel.jupyter.magics import assist, render
+from agentvm_kernel.jupyter import cell_guard
+from agentvm_kernel.jupyter.magics import assist, machine, render
 from agentvm_kernel.jupyter.magics.arguments import UsageError, split_words
 from agentvm_kernel.jupyter.magics.engine import load_magics
 from agentvm_kernel.jupyter.magics.names import CELL_MAGICS, HOST_MAGICS
@@ -183,3 +184,30 @@ def test_cleaned_html_holds_nothing_but_known_elements_well_nested(markup):
         elif name not in ("br", "hr"):
             stack.append(name)
     assert not stack
+
+
+# ---- values
+
+
+@pytest.mark.parametrize(("text", "size"), [("100", 100), ("10k", 10240), ("10M", 10 << 20), ("2GB", 2 << 30)])
+def test_sizes(text, size):
+    assert machine._size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5M", "M", "10T", "٣", "9" * 20])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError):
+        machine._size(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1e9", "nan", "inf", "off", "٣"])
+def test_what_is_no_time(text):
+    with pytest.raises(UsageError):
+        machine._seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1, "1 bytes"), (1024, "1 KiB"), (1536, "1.5 KiB"), (10 << 20, "10 MiB"), (3 << 40, "3072 GiB")]
+)
+def test_sizes_for_people(size, text):
+    assert cell_guard.cap_text(size) == text
