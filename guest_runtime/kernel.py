@@ -185,8 +185,12 @@ class PythonKernel:
             "starts": self._starts,
         }
 
-    def reseed(self, seed: bytes) -> None:
-        """Seed `random` and `numpy.random` in the kernel process, and wait until it says that it has.
+    def reseed(self, seed: bytes, *, clone: bool) -> None:
+        """Seed the generators in the kernel process, and wait until it says that it has.
+
+        Args:
+            seed: what from.
+            clone: also `random` and `numpy.random`, which a user may have seeded.
 
         Raises:
             RpcError: it did not confirm; the machine must not be handed out.
@@ -198,7 +202,7 @@ class PythonKernel:
         with self._talking:
             try:
                 run.line.settimeout(RESEED_TIMEOUT_S)
-                run.line.sendall(b'{"reseed": "%s"}\n' % seed.hex().encode())
+                run.line.sendall(json.dumps({"reseed": seed.hex(), "clone": clone}).encode() + b"\n")
                 answer = json.loads(run.answers.readline(4096))
             except (OSError, ValueError) as error:
                 raise RpcError(f"the Python kernel did not confirm its new seeds: {error}") from error

@@ -1,9 +1,9 @@
 """Runs inside the Python kernel's process: starts ipykernel, and reseeds its generators when the agent asks.
 
 The agent starts it as `python kernel_launcher.py FD CONNECTION_FILE [MODULE …]`. FD is a socket to the agent that carries lines of
-JSON: we say {"ready": true, "failed": {module: error}} when ipykernel takes requests; {"reseed": HEX} asks for fresh seeds and is
-answered with {"reseeded": true}. When that socket ends, the agent is gone and so is everything of this process group. The user's code
-runs in this process, so nothing that comes from it is trusted by anyone.
+JSON: we say {"ready": true, "failed": {module: error}} when ipykernel takes requests; {"reseed": HEX, "clone": BOOL} asks for fresh
+seeds and is answered with {"reseeded": true}. When that socket ends, the agent is gone and so is everything of this process group. The
+user's code runs in this process, so nothing that comes from it is trusted by anyone.
 
 Imports nothing of guest_runtime: the user's code does not find the runtime on its path.
 """
@@ -28,8 +28,20 @@ PUBLISHED_AHEAD = 32
 """So many published messages may wait for the agent; at ZeroMQ's default of 1000, those of a flood take gigabytes."""
 
 
-def _reseed(seed: bytes) -> None:
-    """Seed `random` and `numpy.random` from what the host gave, and forget the host name that Python remembers."""
+def _reseed(seed: bytes, clone: bool) -> None:
+    """Seed the generators of this process from what the host gave.
+
+    Those that nobody can seed by hand always: OpenSSL's, and that of names for temporary files. Of a clone also `random` and
+    `numpy.random`, and the host name that Python remembers is forgotten.
+    """
+    if "_ssl" in sys.modules:
+        import ssl
+
+        ssl.RAND_add(seed, len(seed))
+    if (tempfile := sys.modules.get("tempfile")) is not None:
+        tempfile._name_sequence = None  # type: ignore[attr-defined]
+    if not clone:
+        return
     import random
 
     random.seed(seed)
@@ -49,7 +61,7 @@ def _serve(agent: socket.socket) -> None:
             for line in lines:
                 request = json.loads(line)
                 try:
-                    _reseed(bytes.fromhex(request["reseed"]))
+                    _reseed(bytes.fromhex(request["reseed"]), request["clone"] is not False)
                 except Exception:
                     agent.sendall(b'{"reseeded": false}\n')
                 else:

@@ -62,7 +62,7 @@ class Powers:
         identity.renew_boot_id()
         if reseed:
             identity.drop_connections()
-            self._agent.kernel.reseed(seed[half:])
+        self._agent.kernel.reseed(seed[half:], clone=reseed)
         # For an agent that is started again, too.
         identity.replace(SECRET, new_secret, 0o600)
         self._agent.set_secret(new_secret)
