@@ -240,10 +240,14 @@ def test_an_unreachable_libvirt_is_a_typed_error_with_a_hint_and_prints_nothing(
 
 def test_a_closed_connection_stays_closed():
     hypervisor = connection.Hypervisor("test:///default")
-    with hypervisor:
-        assert hypervisor.domains()
+    hypervisor.close()
     with pytest.raises(UnreachableError, match="was closed"):
         hypervisor.domains()
+
+
+def test_another_kind_of_hypervisor_is_refused():
+    with pytest.raises(HostError, match="manages TEST and not QEMU"), connection.Hypervisor("test:///default"):
+        pass
 
 
 @pytest.mark.parametrize(
