@@ -23,7 +23,8 @@ MAX_QUEUED = 4 * 1024 * 1024
 BATCH = 64
 """Messages taken from one socket before the others have a turn."""
 RECEIVED_AHEAD = 32
-ASK: Request = ("kernel_info_request", {})
+ASK: Request = ("comm_info_request", {"target_name": "agentvm"})
+"""Changes nothing. A kernel_info_request would: IPython picks a tip for its banner, and so draws from the user's `random`."""
 LARGEST = MAX_MESSAGE - 4 * (MAX_PARTS + 1)
 """What fits on the connection, in bytes of all parts; the table of lengths comes on top."""
 
