@@ -134,7 +134,12 @@ def load_devices(machine: Machine, state: bytes) -> None:
 def own_xml(snapshot: Snapshot, machine: Machine) -> ElementTree.Element:
     """Return the snapshot's domain XML with the machine's own identity and paths."""
     files = machine.files
-    domain = ElementTree.fromstring(snapshot.domain_xml.read_bytes())  # noqa: S314 (our own file)
+    try:
+        domain = ElementTree.fromstring(snapshot.domain_xml.read_bytes())  # noqa: S314 (our own file)
+    except ElementTree.ParseError as error:
+        raise SnapshotError(
+            f"The domain XML of snapshot {snapshot.name or snapshot.id} is damaged: {error}."
+        ) from error
     _element(domain, "name").text = machine.name
     _element(domain, "uuid").text = machine.uuid
     _element(domain, "genid").text = str(uuid.uuid4())

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TypeVar
 
 from agentvm_kernel import paths
-from agentvm_kernel.errors import AgentVMError, BootError, SnapshotError
+from agentvm_kernel.errors import AgentVMError, AuthenticationError, BootError, SnapshotError
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
@@ -130,7 +130,8 @@ async def use(
     template = await ensure(hypervisor, image, profile, timeout_s=timeout_s, on_progress=on_progress)
     try:
         return await thaw(template)
-    except (SnapshotError, FileNotFoundError) as error:
+    except (SnapshotError, AuthenticationError, FileNotFoundError) as error:
+        # AuthenticationError: what is thawed does not know the secret that lies beside the template.
         log.warning("template_unusable", template=template.id, error=str(error))
     on_progress("Building the template anew, since the old one is damaged")
     await asyncio.to_thread(_discard, template)
