@@ -169,7 +169,7 @@ def _start(connection: Any, machine: Machine, xml: str) -> Any:
     try:
         snapshot = domain.snapshotCreateXML(_known_snapshot(xml), libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
         domain.revertToSnapshot(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED)
-        # The image would keep a copy of the memory that nobody needs.
+        # The next snapshot writes its memory over this one's then, and not beside it.
         snapshot.delete(0)
     finally:
         domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)

@@ -21,7 +21,7 @@ from agentvm_kernel.hypervisor import snapshot as store
 from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir
-from agentvm_kernel.hypervisor.freeze import freeze_template
+from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
 from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.reap import qemu_alive, reap
 from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, find_template
@@ -64,10 +64,12 @@ def test_a_thawed_machine_is_an_ordinary_one_for_libvirt(machine: Machine) -> No
     assert qemu_alive(machine.files)
 
 
-def test_no_copy_of_the_memory_stays_in_its_image(machine: Machine, template: Snapshot) -> None:
+def test_a_frozen_copy_holds_the_memory_once(machine: Machine, template: Snapshot) -> None:
     listing = ["qemu-img", "snapshot", "-l", "-U"]
     assert internal.NAME in subprocess.run([*listing, template.disk], capture_output=True, text=True, check=True).stdout
     assert not subprocess.run([*listing, machine.overlay], capture_output=True, text=True, check=True).stdout
+    live = freeze_live(machine)
+    assert live.disk.stat().st_blocks < 1.2 * template.disk.stat().st_blocks
 
 
 def test_a_thaw_whose_process_died_half_way_is_cleared_up(hypervisor: Hypervisor, template: Snapshot) -> None:
