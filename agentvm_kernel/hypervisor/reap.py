@@ -211,8 +211,10 @@ def main(argv: list[str] | None = None) -> int:
         with Hypervisor(options.uri) as hypervisor:
             if options.machine:
                 remove_machine(hypervisor, options.machine)
-            else:
-                print("\n".join(reap(hypervisor)))
+            # The process that is done with one machine may have ended meanwhile, and have had others.
+            reaped = reap(hypervisor)
+            if not options.machine:
+                print("\n".join(reaped))
         collect()
     except AgentVMError as error:
         log.error("reap_failed", machine=options.machine, error=str(error))

@@ -149,7 +149,12 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
 
 
 async def from_snapshot(
-    hypervisor: Hypervisor, snapshot: Snapshot, *, reseed: bool = True, hostname: str = ""
+    hypervisor: Hypervisor,
+    snapshot: Snapshot,
+    *,
+    reseed: bool = True,
+    hostname: str = "",
+    spare: Machine | None = None,
 ) -> Lease:
     """Lease a machine thawed from a snapshot, its identity renewed.
 
@@ -158,11 +163,12 @@ async def from_snapshot(
         snapshot: what to thaw.
         reseed: it is a clone; False for a user's own restored machine, whose random numbers go on as they were.
         hostname: of a restored machine, what it was; empty takes the new machine's name.
+        spare: a paused machine that was thawed from it before.
 
     Raises:
         AgentVMError: it cannot be thawed or does not confirm its identity.
     """
-    machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot)
+    machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot, spare)
     try:
         connection = await connect_thawed(machine, reseed=reseed, hostname=hostname, timeout_s=THAW_TIMEOUT_S)
     except BaseException:
@@ -213,8 +219,8 @@ def _attach_running(hypervisor: Hypervisor, name: str) -> Machine:
     return machine
 
 
-def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot) -> Machine:
-    machine = thaw(hypervisor, snapshot)
+def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot, spare: Machine | None) -> Machine:
+    machine = spare or thaw(hypervisor, snapshot)
     try:
         machine.resume()
     except BaseException:

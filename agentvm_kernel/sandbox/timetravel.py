@@ -21,6 +21,7 @@ from agentvm_kernel.sandbox import snapshot_store
 from agentvm_kernel.sandbox.identity import wake
 from agentvm_kernel.sandbox.lease import Lease, from_snapshot
 from agentvm_kernel.sandbox.settings import SandboxSettings
+from agentvm_kernel.sandbox.spare import Spare
 
 log = get_logger(__name__)
 
@@ -48,6 +49,7 @@ class TimeTravel:
         self._hostname = ""  # of a machine that was put back
         self._hypervisor: Hypervisor | None = None
         self._lock = asyncio.Lock()
+        self._spare = Spare()
         self._background: set[asyncio.Task[None]] = set()
         snapshot_store.adopt(session)
 
@@ -73,7 +75,9 @@ class TimeTravel:
         snapshot_store.require_name(name)
         async with self._lock:
             await asyncio.to_thread(snapshot_store.require_free, name, self.session)
-            return await self._freeze(lease, name, description, automatic)
+            made = await self._freeze(lease, name, description, automatic)
+            self._spare.prepare(lease.machine.hypervisor, made)
+            return made
 
     async def checkpoint(self, lease: Lease) -> Snapshot | None:
         """Make the automatic snapshot before a cell; to be called before every cell while that is switched on.
@@ -204,6 +208,7 @@ class TimeTravel:
 
     async def end(self) -> None:
         """Delete all snapshots of the session that were not exported, once background work is done; its machines are given back."""
+        self._spare.drop()
         await self.settled()
         async with self._lock:
             await asyncio.to_thread(snapshot_store.end_session, self.session)
@@ -257,9 +262,18 @@ class TimeTravel:
     async def _thaw(self, snapshot: Snapshot, current: Lease | None) -> Lease:
         own = snapshot.session == self.session
         try:
+            spare = await self._spare.take(snapshot)
             lease = await from_snapshot(
-                self._libvirt(current), snapshot, reseed=not own, hostname=snapshot.hostname if own else ""
+                self._libvirt(current),
+                snapshot,
+                reseed=not own,
+                hostname=snapshot.hostname if own else "",
+                spare=spare,
             )
+            if spare is not None:
+                lease.in_background(asyncio.to_thread(spare.update_tags, state="leased"))
+            if current is not None:
+                lease.idle = current.idle
         except OSError as error:
             raise MachineLost(
                 f"Snapshot {snapshot.name} could not be thawed: {error.strerror or error}.",
@@ -267,6 +281,7 @@ class TimeTravel:
             ) from error
         self._follow(lease.machine, hostname=snapshot.hostname if own else "")
         self._here, self._untouched = snapshot.id, True
+        self._spare.prepare(lease.machine.hypervisor, snapshot)
         return lease
 
     def _follow(self, machine: Machine, *, hostname: str = "") -> None:

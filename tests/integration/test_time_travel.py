@@ -299,15 +299,16 @@ async def test_what_is_refused_changes_nothing(sandbox, monkeypatch):
     # QEMU dies while a restore is under way.
     from agentvm_kernel.hypervisor import thaw
 
-    load = thaw._load
+    load = thaw.load_devices
 
-    def killed(machine, snapshot) -> None:
+    def killed(machine, state) -> None:
         os.kill(machine.qemu_pid, signal.SIGKILL)
-        load(machine, snapshot)
+        load(machine, state)
 
+    sandbox.history._spare.drop()
     before = {path.name for path in machines_dir().iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(thaw, "_load", killed)
+        patch.setattr(thaw, "load_devices", killed)
         with pytest.raises((AgentVMError, OSError)):
             await sandbox.restore("one")
     assert sandbox.lease.machine.name in {path.name for path in machines_dir().iterdir()} <= before

@@ -1,0 +1,89 @@
+"""A machine thawed ahead, paused, for the snapshot that will most likely be restored: of a restore, libvirt's and QEMU's start is the
+longest part. The kernel process imports this module with time travel.
+"""
+
+import asyncio
+
+from agentvm_kernel.errors import AgentVMError
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.machine import Machine
+from agentvm_kernel.hypervisor.pages import available_memory
+from agentvm_kernel.hypervisor.snapshot import Snapshot
+from agentvm_kernel.hypervisor.states import MachineState
+from agentvm_kernel.hypervisor.thaw import thaw
+from agentvm_kernel.log import get_logger
+from agentvm_kernel.sandbox import pool
+
+log = get_logger(__name__)
+
+AFTER_S = 0.4
+"""A cell that follows a snapshot or a restore has the CPUs to itself for this long."""
+KEPT_S = 900.0
+"""So long a spare machine waits to be used."""
+
+
+class Spare:
+    """At most one machine that waits. Where memory is short, or all machines that the pool may have are in use, there is none."""
+
+    def __init__(self) -> None:
+        self._id = ""
+        self._task: asyncio.Task[Machine | None] | None = None
+        self._begun = False
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def prepare(self, hypervisor: Hypervisor, snapshot: Snapshot) -> None:
+        """Have a machine made in the background, unless it is there already; one for another snapshot goes."""
+        if self._id == snapshot.id and self._task is not None:
+            return
+        self.drop()
+        self._id, self._begun = snapshot.id, False
+        self._task = asyncio.ensure_future(self._make(hypervisor, snapshot))
+        self._expiry = asyncio.get_running_loop().call_later(KEPT_S, self.drop)
+
+    async def take(self, snapshot: Snapshot) -> Machine | None:
+        """Return the machine for this snapshot, paused, and forget it; None where there is none."""
+        if self._id != snapshot.id or self._task is None:
+            return None
+        if not self._begun:
+            self.drop()
+            return None
+        task = self._forget()
+        machine = await task if task is not None else None
+        if machine is not None and machine.state is not MachineState.PAUSED:
+            await asyncio.to_thread(machine.release)
+            return None
+        return machine
+
+    def drop(self) -> None:
+        """Give the machine back, if there is one or will be one."""
+        begun, task = self._begun, self._forget()
+        if task is not None and not begun:
+            task.cancel()
+        elif task is not None:
+            task.add_done_callback(_release)
+
+    def _forget(self) -> "asyncio.Task[Machine | None] | None":
+        if self._expiry is not None:
+            self._expiry.cancel()
+        task, self._task, self._id, self._expiry = self._task, None, "", None
+        return task
+
+    async def _make(self, hypervisor: Hypervisor, snapshot: Snapshot) -> Machine | None:
+        await asyncio.sleep(AFTER_S)
+        self._begun = True
+        try:
+            return await asyncio.to_thread(_thaw, hypervisor, snapshot)
+        except (AgentVMError, OSError) as error:
+            log.warning("no_spare", snapshot=snapshot.id, error=str(error))
+            return None
+
+
+def _thaw(hypervisor: Hypervisor, snapshot: Snapshot) -> Machine | None:
+    if available_memory() < 2 * (snapshot.hardware.memory_mib << 20) or not pool.has_room():
+        return None
+    return thaw(hypervisor, snapshot, state="spare")
+
+
+def _release(task: "asyncio.Task[Machine | None]") -> None:
+    if not task.cancelled() and task.exception() is None and (machine := task.result()) is not None:
+        machine.release()
