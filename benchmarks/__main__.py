@@ -54,7 +54,7 @@ GROUPS = (
     Group(("proxy_ratio", "proxy_stdout_ratio", "proxy_bulk_ratio"), proxy.measure, 90, machines=False),
     Group(("clone_pss_mib", "idle_cpu_percent", "paused_cpu_percent"), machines.measure, 90),
     Group(("snapshot_s", "restore_s"), travel.measure, 120),
-    Group(("restore_vs_libvirt",), travel.measure_against_libvirt, 150),
+    Group(("restore_vs_libvirt",), travel.measure_against_libvirt, 200),
     Group(("fork10_s",), travel.measure_forks, 110),
     Group(("snapshot_sizes",), travel.measure_sizes, 110),
 )
@@ -108,6 +108,7 @@ def take(groups: tuple[Group, ...], plan: Plan, say: Callable[[str], None]) -> R
                     traceback.print_exc()
                 results.failures |= dict.fromkeys(missing, f"{type(error).__name__}: {error}")
             say(f"  took {time.monotonic() - began:.0f} s")
+    results.machine["load_at_end"] = harness.load()
     return results
 
 

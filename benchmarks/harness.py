@@ -185,9 +185,14 @@ def machine() -> dict[str, Any]:
         "libvirt": _first_line("libvirtd", "--version"),
         "accelerator": chosen.kind,
         "accelerator_reason": chosen.reason,
-        "load_at_start": round(os.getloadavg()[0], 2),
+        "load_at_start": load(),
         "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def load() -> float:
+    """Return how many processes wanted a CPU during the last minute: more than ours, and the figures are disturbed."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _cpu() -> str:

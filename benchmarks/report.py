@@ -33,6 +33,7 @@ def as_text(results: Results, goals: Mapping[str, Goal] = GOALS) -> str:
             rows.append((key, str(goal), measured, f"±{figure.spread:.0%}", verdict(figure, goal), figure.detail))
         elif key in results.failures:
             rows.append((key, str(goal), "", "", "NOT MEASURED", results.failures[key]))
+    rows += [(key, "", "", "", "NOT MEASURED", why) for key, why in results.failures.items() if key not in goals]
     parts = [_columns(rows)]
     for table in results.tables.values():
         lines = [tuple(table.columns), *(tuple(map(_number, row)) for row in table.rows)]
@@ -42,7 +43,7 @@ def as_text(results: Results, goals: Mapping[str, Goal] = GOALS) -> str:
         parts.append(
             f"Taken on {facts.get('cpu')}, {facts.get('cores')} cores, {facts.get('memory_gib')} GiB;"
             f" {facts.get('qemu')}, {facts.get('libvirt')}\nGuests run under {str(facts.get('accelerator')).upper()}:"
-            f" {facts.get('accelerator_reason')}\nLoad when the run began: {facts.get('load_at_start')}"
+            f" {facts.get('accelerator_reason')}\nLoad when the run began: {facts.get('load_at_start')}, at its end: {facts.get('load_at_end')}"
         )
     return "\n\n".join(parts) + "\n"
 
