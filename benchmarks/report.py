@@ -43,7 +43,7 @@ def as_text(results: Results, goals: Mapping[str, Goal] = GOALS) -> str:
         parts.append(
             f"Taken on {facts.get('cpu')}, {facts.get('cores')} cores, {facts.get('memory_gib')} GiB;"
             f" {facts.get('qemu')}, {facts.get('libvirt')}\nGuests run under {str(facts.get('accelerator')).upper()}:"
-            f" {facts.get('accelerator_reason')}\nLoad when the run began: {facts.get('load_at_start')}, at its end: {facts.get('load_at_end')}"
+            f" {facts.get('accelerator_reason')}\nLoad at the start: {facts.get('load_at_start')}, at the end: {facts.get('load_at_end')}"
         )
     return "\n\n".join(parts) + "\n"
 
