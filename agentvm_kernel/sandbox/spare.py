@@ -16,7 +16,7 @@ from agentvm_kernel.sandbox import pool
 
 log = get_logger(__name__)
 
-AFTER_S = 0.4
+AFTER_S = 1.0
 """A cell that follows a snapshot or a restore has the CPUs to itself for this long."""
 KEPT_S = 900.0
 """So long a spare machine waits to be used."""
@@ -53,6 +53,11 @@ class Spare:
             await asyncio.to_thread(machine.release)
             return None
         return machine
+
+    def drop_for(self, snapshot: Snapshot) -> None:
+        """Give the machine back if it is for this snapshot."""
+        if self._id == snapshot.id:
+            self.drop()
 
     def drop(self) -> None:
         """Give the machine back, if there is one or will be one."""

@@ -189,6 +189,7 @@ class TimeTravel:
         """
         async with self._lock:
             snapshot = await asyncio.to_thread(snapshot_store.find, name, self.session)
+            self._spare.drop_for(snapshot)
             await asyncio.to_thread(garbage.remove, snapshot)
 
     async def export(self, name: str) -> Snapshot:
@@ -281,7 +282,8 @@ class TimeTravel:
             ) from error
         self._follow(lease.machine, hostname=snapshot.hostname if own else "")
         self._here, self._untouched = snapshot.id, True
-        self._spare.prepare(lease.machine.hypervisor, snapshot)
+        if not snapshot.automatic:
+            self._spare.prepare(lease.machine.hypervisor, snapshot)
         return lease
 
     def _follow(self, machine: Machine, *, hostname: str = "") -> None:
