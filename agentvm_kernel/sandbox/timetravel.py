@@ -7,6 +7,7 @@ kernel process imports this module when it is first needed.
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Coroutine, Iterable
 
 from agentvm_kernel.errors import AgentVMError, GuestError, HostError, MachineLost, SnapshotError
@@ -28,6 +29,10 @@ log = get_logger(__name__)
 QUIESCE_S = 5.0
 CHECKPOINTS = 20
 """So many automatic snapshots are kept, the newest."""
+CHECKPOINT_BYTES = 2 << 30
+"""All automatic snapshots of a session together may take so much disk; the newest is kept in any case."""
+SPARE_DISK, CHECKPOINT_SPARE_DISK = 256 << 20, 1 << 30
+"""So much disk must be free for a snapshot, and for an automatic one, in bytes."""
 FORKS_AT_ONCE = 4
 MAX_FORKS = 64
 
@@ -233,6 +238,7 @@ class TimeTravel:
         machine = lease.machine
         if machine.name != self._machine:
             self._follow(machine)
+        _require_disk(CHECKPOINT_SPARE_DISK if automatic else SPARE_DISK)
         try:
             await lease.connection.call("quiesce", {"timeout_s": QUIESCE_S}, timeout_s=3 * QUIESCE_S)
         except GuestError as error:
@@ -320,7 +326,28 @@ class TimeTravel:
 
 
 def _surplus(automatic: Iterable[Snapshot]) -> list[Snapshot]:
-    return sorted(automatic, key=lambda one: one.created)[:-CHECKPOINTS]
+    """Return those that are too many or take too much."""
+    total, surplus = 0, []
+    for number, one in enumerate(sorted(automatic, key=lambda one: one.created, reverse=True)):
+        total += one.size()
+        if number >= CHECKPOINTS or (number and total > CHECKPOINT_BYTES):
+            surplus.append(one)
+    return surplus
+
+
+def _require_disk(wanted: int) -> None:
+    """Make sure that a snapshot does not fill the disk.
+
+    Raises:
+        HostError: too little is free.
+    """
+    folder = files.snapshots_dir()
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise HostError(
+            f"Only {free >> 20} MiB of disk are free in {folder}; a snapshot needs {wanted >> 20} MiB.",
+            hint="Delete snapshots that you do not need: agentvm snapshot list.",
+        )
 
 
 def _settle(snapshot: Snapshot) -> None:
