@@ -113,6 +113,8 @@ class KernelApp:
             task.cancel()
         if self._lease is not None:
             self._give_back(self._lease)
+        if self._cells is not None:
+            self._cells.notebook.leave()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=RELEASE_TIMEOUT_S)
         return code

@@ -212,6 +212,10 @@ class TimeTravel:
         while self._background:
             await asyncio.gather(*self._background, return_exceptions=True)
 
+    def leave(self) -> None:
+        """Give back what is only kept ready: this process ends. The snapshots stay for a kernel that is restarted."""
+        self._spare.drop()
+
     async def end(self) -> None:
         """Delete all snapshots of the session that were not exported, once background work is done; its machines are given back."""
         self._spare.drop()

@@ -131,6 +131,11 @@ class Notebook:
         """Return another machine, as at the start of the notebook. Raises AgentVMError."""
         return await self._backend.acquire(lambda text: None)
 
+    def leave(self) -> None:
+        """This process ends."""
+        if self._travel is not None:
+            self._travel.leave()
+
     def touched(self) -> None:
         """Note that something was run in the machine without an automatic snapshot before it."""
         if self._travel is not None:
