@@ -240,6 +240,7 @@ class Proxy:
 
     def publish(self, cell: Request, msg_type: str, content: dict[str, Any]) -> None:
         """Publish something of the host's own about a cell."""
+        self._set_status(cell, Progress.BUSY)
         self._publish(msg_type, content, cell)
 
     def run_part(

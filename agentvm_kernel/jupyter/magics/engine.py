@@ -97,10 +97,13 @@ class HostCells:
     async def _checkpoint(self, cell: Cell) -> None:
         try:
             async with cell.machine_standing_still():
-                await self.notebook.checkpoint()
+                made = await self.notebook.checkpoint()
+            problem = "" if made else "it could not be written"
         except AgentVMError as error:
-            # The cell does not depend on it.
-            log.warning("no_checkpoint", error=str(error))
+            problem = str(error)
+        if problem:
+            # The cell does not depend on it, but whoever relies on %undo has to know.
+            cell.write(f"agentvm: no automatic snapshot was made before this cell: {problem}", name="stderr")
 
     async def _run_parts(self, cell: Cell, parts: list[Part]) -> tuple[dict[str, Any], GuestMessage | None]:
         """Run one part after the other; return the reply's content, and the guest's last reply."""

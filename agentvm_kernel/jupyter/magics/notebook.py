@@ -141,8 +141,10 @@ class Notebook:
         if self._travel is not None:
             self._travel.touched()
 
-    async def checkpoint(self) -> None:
-        """Make the automatic snapshot before a cell."""
+    async def checkpoint(self) -> bool:
+        """Make the automatic snapshot before a cell; return whether there is one. Raises AgentVMError."""
         began = time.monotonic()
-        if await self.travel.checkpoint(self.lease) is not None:
-            self.checkpoint_costs.append(time.monotonic() - began)
+        if await self.travel.checkpoint(self.lease) is None:
+            return False
+        self.checkpoint_costs.append(time.monotonic() - began)
+        return True
