@@ -111,12 +111,9 @@ async def test_values_of_variables_stand_in_the_line_but_bring_no_options(kernel
 
 async def test_completion_and_help(kernel):  # noqa: F811
     async with asyncio.timeout(TIMEOUT_S):
-        kernel.client.complete("%vm t")
-        reply = await kernel.client.get_shell_msg(timeout=TIMEOUT_S)
-        assert reply["content"]["matches"] == ["timeout"]
-        asked = kernel.client.complete("%snaps")
-        while (reply := await kernel.client.get_shell_msg(timeout=TIMEOUT_S))["parent_header"]["msg_id"] != asked:
-            pass
-        assert reply["content"]["matches"] == ["%snapshot"]
+        reply = await kernel.reply(kernel.client.complete("%vm t"))
+        assert reply["matches"] == ["timeout"]
+        reply = await kernel.reply(kernel.client.complete("%snaps"))
+        assert reply["matches"] == ["%snapshot"]
     reply, _ = await kernel.run("x = 1\n%%fork?\n%undo?")
     assert [page["data"]["text/plain"].split()[0] for page in reply["payload"]] == ["%%fork", "%undo"]
