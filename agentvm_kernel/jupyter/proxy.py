@@ -10,7 +10,6 @@ loop only.
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from agentvm_kernel.jupyter.guest_messages import GuestMessage
 from agentvm_kernel.jupyter.kernel_info import kernel_info
 from agentvm_kernel.jupyter.magics.names import mentions
 from agentvm_kernel.jupyter.output_valve import OutputValve
+from agentvm_kernel.jupyter.questions import Questions
 from agentvm_kernel.jupyter.requests import FORWARDED, Progress, Request, RequestTable, read_request
 from agentvm_kernel.jupyter.roles import Outlet, Owner
 from agentvm_kernel.jupyter.turns import Turns
@@ -67,8 +67,7 @@ class Proxy:
         self._said_starting = False
         self._unanswered_info: list[Request] = []
         self._shown: tuple[Request, str] | None = None
-        # The cells that have asked for input and have no answer yet.
-        self._asking: list[Request] = []
+        self._questions = Questions(self._requests, clients, self._drop)
         self._awaited: list[Callable[[], object]] = []
         self._on_host: dict[str, Callable[[ClientMessage, Request], None]] = {
             "kernel_info_request": self._kernel_info,
@@ -85,7 +84,7 @@ class Proxy:
         connection.on_message[Channel.IOPUB] = self._on_guest_iopub
         connection.on_message[Channel.SHELL] = lambda parts: self._on_guest_reply("shell", parts)
         connection.on_message[Channel.CONTROL] = lambda parts: self._on_guest_reply("control", parts)
-        connection.on_message[Channel.STDIN] = self._on_guest_stdin
+        connection.on_message[Channel.STDIN] = self._questions.ask
         if self._shown is not None:
             self._publish("clear_output", {"wait": False}, self._shown[0])
             self._shown = None
@@ -115,7 +114,7 @@ class Proxy:
         self._turns.has_machine = False
         self._turns.clear()
         self._shown = None
-        self._asking.clear()
+        self._questions.clear()
         unfinished = self._requests.clear()
         for request in unfinished:
             self.guard.ended(request)
@@ -166,7 +165,7 @@ class Proxy:
         try:
             message = self._session.deserialize(frames)
             if channel == "stdin":
-                self._client_input(message)
+                self._questions.answer(message, self._connection)
             else:
                 self._client_request(channel, message)
         except WireError as error:
@@ -323,17 +322,6 @@ class Proxy:
             on_done, part.on_done = part.on_done, None
             on_done(part.reply)
 
-    def _client_input(self, message: ClientMessage) -> None:
-        # jupyter_client sends input_reply without a parent header: the client's identity says which question it
-        # answers.
-        asking = next((request for request in self._asking if request.identities == message.identities), None)
-        if message.msg_type != "input_reply" or asking is None or self._connection is None:
-            self._drop("client stdin", f"{message.msg_type!r} that was not asked for")
-            return
-        self._asking.remove(asking)
-        with suppress(ConnectionClosed):
-            self._connection.send(Channel.STDIN, message.parts)
-
     # ---- answered by the host
 
     def _kernel_info(self, message: ClientMessage, request: Request) -> None:
@@ -465,7 +453,7 @@ class Proxy:
             if request.is_part:
                 request.reply = message
                 self._requests.answered(request)
-                self._asking = [asking for asking in self._asking if asking is not request]
+                self._questions.over(request)
                 self._part_done(request)
                 return
         self._reply(request, message.msg_type, message.content, guest_message=message)
@@ -477,21 +465,6 @@ class Proxy:
         count = message.content.get("execution_count")
         if request.in_turn and count is not None and message.content["status"] != "aborted":
             self.next_count = count + 1
-
-    def _on_guest_stdin(self, parts: list[bytes]) -> None:
-        try:
-            message = guest_messages.parse(parts, guest_messages.STDIN_CHECKS)
-        except WireError as error:
-            self._drop("guest stdin", str(error))
-            return
-        if message is None:
-            return
-        request = self._requests.pending(message.parent_id)
-        if request is None or not request.allow_stdin:
-            self._drop("guest stdin", "input_request that no running cell may make")
-            return
-        self._asking.append(request)
-        self._send("stdin", request, "input_request", message.content, guest_message=message)
 
     # ---- to clients
 
@@ -512,7 +485,7 @@ class Proxy:
     ) -> None:
         self._used_at = time.monotonic()
         self._requests.answered(request)
-        self._asking = [asking for asking in self._asking if asking is not request]
+        self._questions.over(request)
         self._send(request.channel, request, msg_type, content, guest_message=guest_message)
         if self._unanswered_info and not self._requests.has_pending(request.channel):
             self._answer_kernel_info()
