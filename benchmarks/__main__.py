@@ -15,7 +15,11 @@ from pathlib import Path
 
 from agentvm_kernel import paths
 from agentvm_kernel.errors import AgentVMError
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.files import machines_dir
+from agentvm_kernel.hypervisor.reap import remove_machine
 from agentvm_kernel.sandbox.sandbox import Sandbox
+from agentvm_kernel.sandbox.settings import load_settings
 from benchmarks import cells, harness, machines, proxy, report, starts, travel
 from benchmarks.harness import Figure, Plan, Results, Table
 from benchmarks.kernels import Kernels, kernels
@@ -83,6 +87,15 @@ def prepare(say: Callable[[str], None]) -> float:
     return time.monotonic() - began
 
 
+def remove_machines() -> None:
+    """Remove what a figure that was given up has left; all machines in these folders are the benchmark's."""
+    left = [folder.name for folder in machines_dir().iterdir() if folder.is_dir()]
+    if left:
+        with Hypervisor(load_settings().uri) as hypervisor:
+            for name in left:
+                remove_machine(hypervisor, name)
+
+
 def take(groups: tuple[Group, ...], plan: Plan, say: Callable[[str], None]) -> Results:
     """Measure all groups; a figure that cannot be taken does not keep the others from it."""
     results = Results(machine=harness.machine())
@@ -108,6 +121,11 @@ def take(groups: tuple[Group, ...], plan: Plan, say: Callable[[str], None]) -> R
                     traceback.print_exc()
                 results.failures |= dict.fromkeys(missing, f"{type(error).__name__}: {error}")
             say(f"  took {time.monotonic() - began:.0f} s")
+    if any(group.machines for group in groups):
+        try:
+            remove_machines()
+        except AgentVMError as error:
+            say(f"Machines are left in {paths.state_dir()}: {error}")
     results.machine["load_at_end"] = harness.load()
     return results
 

@@ -25,6 +25,9 @@ FIRST_ALLOWANCE = 0.05
 QUIET_SHARE = 0.25
 """The machine counts as quiet while others use less of it."""
 
+CLEAN_UP_S = 30.0
+"""What was stopped has so long to end what it started."""
+
 
 @dataclass
 class Figure:
@@ -125,13 +128,13 @@ class Plan:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer. Main thread only."""
+    """Raise TimeoutError in what takes longer, again and again where that is caught. Main thread only."""
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not done within {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), CLEAN_UP_S)
     try:
         yield
     finally:
