@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Coroutine, Iterable
 
 from agentvm_kernel.errors import AgentVMError, GuestError, HostError, MachineLost, SnapshotError
-from agentvm_kernel.hypervisor import garbage, memory
+from agentvm_kernel.hypervisor import disk, garbage, memory
 from agentvm_kernel.hypervisor import snapshot as files
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import freeze_live
@@ -55,6 +55,9 @@ class TimeTravel:
         self._hypervisor: Hypervisor | None = None
         self._lock = asyncio.Lock()
         self._spare = Spare()
+        self._drawing: asyncio.Future[None] | None = (
+            None  # the machine's disk layers together; nothing else may use its disk
+        )
         self._background: set[asyncio.Task[None]] = set()
         snapshot_store.adopt(session)
 
@@ -242,6 +245,8 @@ class TimeTravel:
         machine = lease.machine
         if machine.name != self._machine:
             self._follow(machine)
+        if self._drawing is not None:
+            await asyncio.wait({self._drawing})
         _require_disk(CHECKPOINT_SPARE_DISK if automatic else SPARE_DISK)
         try:
             await lease.connection.call("quiesce", {"timeout_s": QUIESCE_S}, timeout_s=3 * QUIESCE_S)
@@ -268,6 +273,7 @@ class TimeTravel:
                 await wake(lease.connection, machine)
         self._here, self._untouched = made.id, False
         self._in_background(asyncio.to_thread(_settle, made))
+        self._drawing = self._in_background(asyncio.to_thread(_draw_together, machine))
         return made
 
     async def _thaw(self, snapshot: Snapshot, current: Lease | None) -> Lease:
@@ -318,10 +324,11 @@ class TimeTravel:
                 if one.id != self._here:
                     await asyncio.to_thread(garbage.remove, one)
 
-    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+    def _in_background(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background_ended)
+        return task
 
     def _background_ended(self, task: "asyncio.Task[None]") -> None:
         self._background.discard(task)
@@ -352,6 +359,14 @@ def _require_disk(wanted: int) -> None:
             f"Only {free >> 20} MiB of disk are free in {folder}; a snapshot needs {wanted >> 20} MiB.",
             hint="Delete snapshots that you do not need: agentvm snapshot list.",
         )
+
+
+def _draw_together(machine: Machine) -> None:
+    try:
+        disk.draw_together(machine)
+    except AgentVMError as error:
+        # Mostly because the machine has been given back meanwhile. The next snapshot tries again.
+        log.debug("layers_not_drawn_together", machine=machine.name, error=str(error))
 
 
 def _settle(snapshot: Snapshot) -> None:

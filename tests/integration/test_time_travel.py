@@ -17,6 +17,7 @@ from agentvm_kernel import Sandbox
 from agentvm_kernel.errors import AgentVMError, ExecutionError, HostError, MachineLost, SnapshotError
 from agentvm_kernel.hypervisor import garbage
 from agentvm_kernel.hypervisor import snapshot as files
+from agentvm_kernel.hypervisor.disk import MAX_LAYERS, layers_under
 from agentvm_kernel.hypervisor.files import machines_dir
 from agentvm_kernel.sandbox import snapshot_store
 
@@ -210,15 +211,24 @@ async def test_undo_goes_back_cell_by_cell(sandbox):
 
 async def test_automatic_snapshots_do_not_grow_without_bound(sandbox, monkeypatch):
     monkeypatch.setattr("agentvm_kernel.sandbox.timetravel.CHECKPOINTS", 3)
-    await output(sandbox, "n = 0")
+    await output(sandbox, "import subprocess; n = 0")
     await sandbox.snapshot("kept")
-    for number in range(6):
+    most = 0
+    for number in range(14):
         assert await sandbox.history.checkpoint(sandbox.lease) is not None
-        await output(sandbox, f"n = {number + 1}")
-    await sandbox.history.settled()
-    assert names(sandbox) == ["kept", "before-4", "before-5", "before-6"]
-    await sandbox.restore("before-4")
-    assert await output(sandbox, "print(n)") == "3"
+        await output(
+            sandbox, f"n = {number + 1}; open(f'file-{{n}}', 'w').write('x' * n * 10000); subprocess.run('sync')"
+        )
+        await sandbox.history.settled()
+        most = max(most, len(layers_under(sandbox.lease.machine)))
+    # Disk layers were drawn together, and all that is on the disk is still there.
+    assert len(layers_under(sandbox.lease.machine)) < most <= MAX_LAYERS + 1
+    assert names(sandbox) == ["kept", "before-12", "before-13", "before-14"]
+    for name, n in (("kept", 0), ("before-14", 13), ("before-12", 11)):
+        await sandbox.restore(name)
+        look = "subprocess.run('sudo sh -c \"echo 3 > /proc/sys/vm/drop_caches\"', shell=True)\n"
+        look += "import glob; print(n, sorted(len(open(f).read()) // 10000 for f in glob.glob('file-*')))"
+        assert await output(sandbox, look) == f"{n} {list(range(1, n + 1))}"
 
 
 async def test_copies_run_side_by_side_and_share_nothing(sandbox):
