@@ -69,16 +69,21 @@ class Powers:
         confirmed = dict.fromkeys(("entropy", "time", "hostname", "machine_id", "boot_id", "secret"), True)
         return confirmed | {"reseed": reseed, "connections": reseed}
 
-    def wake(self, entropy: str, time_ns: int) -> dict[str, bool]:
-        """Go on after a pause; whose machine it is has not changed.
+    def wake(self, entropy: str, time_ns: int, secret: str = "") -> dict[str, bool]:
+        """Go on after a pause, or where a snapshot was taken; whose machine it is has not changed.
 
         Args:
             entropy: 32 bytes or more from the host's generator, in base64.
             time_ns: the host's wall clock, in nanoseconds since the epoch.
+            secret: what a host has to know from the next connection on, as for `renew`; empty leaves it as it is.
         """
+        new_secret = _decode(secret, "secret", 32) if secret else b""
         identity.reseed_kernel(_decode(entropy, "entropy", 32))
         identity.set_clock(time_ns)
-        return {"entropy": True, "time": True}
+        if new_secret:
+            identity.replace(SECRET, new_secret, 0o600)
+            self._agent.set_secret(new_secret)
+        return {"entropy": True, "time": True, "secret": bool(new_secret)}
 
     def shutdown(self) -> dict[str, Any]:
         """Switch the machine off cleanly; PID 1 does it, once the host has our answer."""

@@ -179,7 +179,6 @@ def _snapshot(manifest: dict[str, Any], name: str | None) -> Snapshot:
         parent="",
         after="",
         session="",
-        hostname="",
         automatic=False,
         exported=True,
         owner_pid=0,

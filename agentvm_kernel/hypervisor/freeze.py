@@ -104,7 +104,7 @@ def freeze_live(
         name: of the snapshot.
         description: of the snapshot.
         resume: let the machine run on; a machine that was paused stays paused.
-        about: fields of `Snapshot` that say whose it is: session, after, automatic, hostname.
+        about: fields of `Snapshot` that say whose it is: session, after, automatic.
 
     Raises:
         SnapshotError: it was not thawed from a snapshot, or its memory cannot be read.

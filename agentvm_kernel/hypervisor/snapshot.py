@@ -64,7 +64,6 @@ class Snapshot:
         exported: kept for good; others end with their session.
         owner_pid: process whose end is the session's; 0 for none.
         owner_start: its start time, as in `tags.Owner`.
-        hostname: what the machine called itself; empty where that is not known.
         internal: state and memory lie inside the disk layer (see `internal`); "state" is another name of that layer then.
     """
 
@@ -87,7 +86,6 @@ class Snapshot:
     exported: bool = False
     owner_pid: int = 0
     owner_start: int = 0
-    hostname: str = ""
     internal: bool = False
 
     @property

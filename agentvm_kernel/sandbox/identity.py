@@ -21,8 +21,8 @@ CONNECTIONS = 3
 RECONNECT_S = 5.0
 
 
-async def connect_thawed(machine: Machine, *, reseed: bool, hostname: str = "", timeout_s: float) -> GuestConnection:
-    """Connect to a machine that was thawed and runs, and give it an identity of its own (see `renew_identity`).
+async def connect_thawed(machine: Machine, *, reseed: bool, timeout_s: float) -> GuestConnection:
+    """Connect to a machine that was thawed and runs, and give it an identity of its own (see `renew_identity`), or its clock (see `wake`).
 
     A guest with a vsock learns a moment after it resumed that it was moved, and then ends all connections, those made meanwhile as well
     (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, virtio 1.2, 5.10.6.6). So a connection that is lost here is made anew; if that happened after the
@@ -30,8 +30,7 @@ async def connect_thawed(machine: Machine, *, reseed: bool, hostname: str = "", 
 
     Args:
         machine: resumed after a thaw.
-        reseed: see `renew_identity`.
-        hostname: see `renew_identity`.
+        reseed: it is a clone; False for a user's own restored machine: its random numbers, names and connections go on as they were.
         timeout_s: for the first connection.
 
     Raises:
@@ -48,7 +47,10 @@ async def connect_thawed(machine: Machine, *, reseed: bool, hostname: str = "", 
             proof = secret
             continue
         try:
-            await renew_identity(connection, machine, reseed=reseed, hostname=hostname, secret=secret)
+            if reseed:
+                await renew_identity(connection, machine, secret=secret)
+            else:
+                await wake(connection, machine, secret=secret)
             return connection
         except BaseException as error:
             await connection.close()
@@ -60,15 +62,13 @@ async def connect_thawed(machine: Machine, *, reseed: bool, hostname: str = "", 
 
 
 async def renew_identity(
-    connection: GuestConnection, machine: Machine, *, reseed: bool, hostname: str = "", secret: bytes | None = None
+    connection: GuestConnection, machine: Machine, *, secret: bytes | None = None
 ) -> dict[str, Any]:
     """Give the machine an identity of its own and wait until it has confirmed every part of it.
 
     Args:
         connection: authenticated with the machine's current secret.
         machine: whose secret is replaced by a new one.
-        reseed: also reseed `random` and `numpy.random` in the kernel process (not for a user's own restored machine).
-        hostname: what the machine shall call itself; empty takes its name.
         secret: its new one; None makes one up.
 
     Raises:
@@ -78,15 +78,13 @@ async def renew_identity(
     wanted = {
         "entropy": base64.b64encode(os.urandom(256)).decode(),
         "time_ns": time.time_ns(),
-        "hostname": hostname or machine.name,
+        "hostname": machine.name,
         "machine_id": uuid.uuid4().hex,
         "secret": base64.b64encode(secret).decode(),
-        "reseed": reseed,
+        "reseed": True,
     }
     confirmed: dict[str, Any] = await connection.call("renew", wanted, timeout_s=RENEW_TIMEOUT_S)
-    parts = ["entropy", "time", "hostname", "machine_id", "boot_id", "secret"]
-    if reseed:
-        parts += ["reseed", "connections"]
+    parts = ("entropy", "time", "hostname", "machine_id", "boot_id", "secret", "reseed", "connections")
     missing = [part for part in parts if confirmed.get(part) is not True]
     if missing:
         raise MachineLost(
@@ -97,13 +95,22 @@ async def renew_identity(
     return confirmed
 
 
-async def wake(connection: GuestConnection, machine: Machine) -> None:
-    """Set the clock of a machine of ours right after a pause, and mix fresh entropy into its generator.
+async def wake(connection: GuestConnection, machine: Machine, *, secret: bytes | None = None) -> None:
+    """Set the clock of a machine of ours right after a pause or a restore, and mix fresh entropy into its generator.
+
+    Args:
+        connection: authenticated with the machine's current secret.
+        machine: that goes on.
+        secret: a new one; None leaves it as it is.
 
     Raises:
         MachineLost: it did not confirm.
     """
-    fresh = {"entropy": base64.b64encode(os.urandom(64)).decode(), "time_ns": time.time_ns()}
+    fresh: dict[str, Any] = {"entropy": base64.b64encode(os.urandom(64)).decode(), "time_ns": time.time_ns()}
+    if secret is not None:
+        fresh["secret"] = base64.b64encode(secret).decode()
     confirmed = await connection.call("wake", fresh, timeout_s=RENEW_TIMEOUT_S)
-    if confirmed != {"entropy": True, "time": True}:
+    if confirmed != {"entropy": True, "time": True, "secret": secret is not None}:
         raise MachineLost(f"Machine {machine.name} did not confirm that its clock is right.")
+    if secret is not None:
+        machine.secret = secret

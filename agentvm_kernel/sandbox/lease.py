@@ -153,7 +153,6 @@ async def from_snapshot(
     snapshot: Snapshot,
     *,
     reseed: bool = True,
-    hostname: str = "",
     spare: Machine | None = None,
 ) -> Lease:
     """Lease a machine thawed from a snapshot, its identity renewed.
@@ -162,7 +161,6 @@ async def from_snapshot(
         hypervisor: where.
         snapshot: what to thaw.
         reseed: it is a clone; False for a user's own restored machine, whose random numbers go on as they were.
-        hostname: of a restored machine, what it was; empty takes the new machine's name.
         spare: a paused machine that was thawed from it before.
 
     Raises:
@@ -170,7 +168,7 @@ async def from_snapshot(
     """
     machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot, spare)
     try:
-        connection = await connect_thawed(machine, reseed=reseed, hostname=hostname, timeout_s=THAW_TIMEOUT_S)
+        connection = await connect_thawed(machine, reseed=reseed, timeout_s=THAW_TIMEOUT_S)
     except BaseException:
         await asyncio.to_thread(machine.release)
         raise

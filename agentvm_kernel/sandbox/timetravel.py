@@ -51,7 +51,6 @@ class TimeTravel:
         self._here = ""
         self._untouched = False  # nothing was run since the machine was put where it is
         self._machine = ""  # name of the machine that these two are about
-        self._hostname = ""  # of a machine that was put back
         self._hypervisor: Hypervisor | None = None
         self._lock = asyncio.Lock()
         self._spare = Spare()
@@ -261,7 +260,6 @@ class TimeTravel:
                 session=self.session,
                 after=self._here,
                 automatic=automatic,
-                hostname=self._hostname or machine.name,
             )
         except OSError as error:
             raise HostError(
@@ -284,7 +282,6 @@ class TimeTravel:
                 self._libvirt(current),
                 snapshot,
                 reseed=not own,
-                hostname=snapshot.hostname if own else "",
                 spare=spare,
             )
             if spare is not None:
@@ -296,15 +293,15 @@ class TimeTravel:
                 f"Snapshot {snapshot.name} could not be thawed: {error.strerror or error}.",
                 hint="The machine in use goes on as before.",
             ) from error
-        self._follow(lease.machine, hostname=snapshot.hostname if own else "")
+        self._follow(lease.machine)
         self._here, self._untouched = snapshot.id, True
         if not snapshot.automatic:
             self._spare.prepare(lease.machine.hypervisor, snapshot)
         return lease
 
-    def _follow(self, machine: Machine, *, hostname: str = "") -> None:
+    def _follow(self, machine: Machine) -> None:
         """Note that the session goes on with another machine: one that we have put back, or one that replaces a lost one."""
-        self._machine, self._hostname, self._untouched = machine.name, hostname, False
+        self._machine, self._untouched = machine.name, False
         with contextlib.suppress(SnapshotError):
             origin = files.load(machine.tags.template)
             self._here = "" if origin.is_template else origin.id

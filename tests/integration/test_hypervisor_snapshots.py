@@ -337,7 +337,7 @@ def test_metadata_of_an_older_version_are_read(template):
     import json
 
     values = json.loads((template.folder / "snapshot.json").read_bytes())
-    for name in ("session", "after", "automatic", "exported", "owner_pid", "owner_start", "hostname"):
+    for name in ("session", "after", "automatic", "exported", "owner_pid", "owner_start"):
         del values[name]
     assert Snapshot.from_json(json.dumps(values).encode()) == template
     for wrong in ({"exported": 1}, {"name": ["x"]}, {"after": "../.."}, {"created": "now"}):

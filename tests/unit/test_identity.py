@@ -35,7 +35,7 @@ def all_but(part: str | None = None) -> dict[str, bool]:
 
 async def test_a_machine_that_confirms_everything_has_its_new_secret():
     one, guest = machine(), Guest(**all_but())
-    await renew_identity(guest, one, reseed=True)
+    await renew_identity(guest, one)
     assert len(one.secret) == 32
     assert guest.asked["hostname"] == "agentvm-1"
     assert len(guest.asked["machine_id"]) == 32
@@ -46,29 +46,29 @@ async def test_a_machine_that_confirms_everything_has_its_new_secret():
 async def test_what_is_not_confirmed_is_named_and_the_machine_is_lost(part, answer):
     one = machine()
     with pytest.raises(MachineLost, match=rf"\({part}\)"):
-        await renew_identity(Guest(**{**all_but(), part: answer}), one, reseed=True)
+        await renew_identity(Guest(**{**all_but(), part: answer}), one)
     assert one.secret == b"old"
 
 
 async def test_a_users_own_machine_keeps_its_seeds_connections_and_name():
-    one, guest = machine(), Guest(**dict.fromkeys(PARTS, True), reseed=False, connections=False)
-    await renew_identity(guest, one, reseed=False, hostname="mine")
-    assert guest.asked["reseed"] is False
-    assert guest.asked["hostname"] == "mine"
+    one, guest = machine(), Guest(entropy=True, time=True, secret=True)
+    await wake(guest, one, secret=b"new" * 11)
+    assert set(guest.asked) == {"method", "entropy", "time_ns", "secret"}
+    assert one.secret == b"new" * 11
 
 
 async def test_no_two_renewals_send_the_same():
     guest = Guest(**all_but())
     seen = []
     for _ in range(2):
-        await renew_identity(guest, machine(), reseed=True)
+        await renew_identity(guest, machine())
         seen.append({key: guest.asked[key] for key in ("entropy", "machine_id", "secret", "time_ns")})
     assert not [key for key in seen[0] if seen[0][key] == seen[1][key]]
 
 
 async def test_a_machine_that_does_not_confirm_its_clock_after_a_pause_is_lost():
-    await wake(Guest(entropy=True, time=True), machine())
-    for answer in ({}, {"entropy": True}, {"entropy": True, "time": False}):
+    await wake(Guest(entropy=True, time=True, secret=False), machine())
+    for answer in ({}, {"entropy": True}, {"entropy": True, "time": False}, {"entropy": True, "time": True}):
         with pytest.raises(MachineLost, match="clock"):
             await wake(Guest(**answer), machine())
 
