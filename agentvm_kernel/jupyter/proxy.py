@@ -33,6 +33,7 @@ from guest_runtime.wire import Channel
 log = get_logger(__name__)
 
 ASSISTED = frozenset({"complete_request", "inspect_request"})
+LAST_OUTPUT_S = 10.0
 KERNEL_INFO_PATIENCE_S = 1.0
 BEGIN_PATIENCE_S = 1.0
 GUEST_CHANNELS = {"shell": Channel.SHELL, "control": Channel.CONTROL}
@@ -129,7 +130,9 @@ class Proxy:
 
     def idle_since(self) -> float | None:
         """Return when the last request ended, on the monotonic clock; None while one is being answered."""
-        busy = len(self._turns) or any(map(self._requests.has_pending, GUEST_CHANNELS))
+        # Of an answered cell the last outputs and `idle` may still be on their way.
+        settling = self._requests.has_unfinished() and time.monotonic() - self._used_at < LAST_OUTPUT_S
+        busy = len(self._turns) or settling or any(map(self._requests.has_pending, GUEST_CHANNELS))
         return None if busy else self._used_at
 
     def park(self) -> bool:
@@ -261,16 +264,8 @@ class Proxy:
             on_done(MachineLost("There is no machine to run this in.", hint="The next cell gets a fresh one."))
             return
         header = self._session.header("execute_request")
-        part = replace(
-            cell,
-            msg_id=header["msg_id"],
-            code=None,
-            plan=None,
-            in_turn=True,
-            progress=Progress.QUEUED,
-            is_part=True,
-            on_done=on_done,
-        )
+        fresh: dict[str, Any] = {"code": None, "plan": None, "in_turn": True, "progress": Progress.QUEUED}
+        part = replace(cell, msg_id=header["msg_id"], is_part=True, on_done=on_done, **fresh)
         self._requests.add(part)
         self._forward(part, [pack_json(header), EMPTY, pack_json(metadata), pack_json(content)])
 

@@ -148,6 +148,10 @@ class RequestTable:
         """Whether a reply is due on this channel."""
         return any(request.channel == channel for request in self._pending.values())
 
+    def has_unfinished(self) -> bool:
+        """Whether `idle` is due for something that was answered."""
+        return any(request.progress is Progress.BUSY for request in self._answered.values())
+
     def running(self) -> list[Request]:
         """Return the cells that have begun and have no reply yet."""
         return [

@@ -237,6 +237,19 @@ def test_completion_of_a_magic_is_answered_here(world):
     assert codes(world) == ["%restore  + x"]
 
 
+def test_a_machine_is_not_parked_before_the_last_word_of_a_cell(world):
+    asked = world.execute("x")
+    world.guest.say_status(asked, "busy")
+    world.guest.say(Channel.SHELL, "execute_reply", asked, OK)
+    assert not world.proxy.park()
+    world.guest.say_status(asked, "idle")
+    assert world.proxy.park()
+    world.execute("y")
+    assert world.owner.wanted == 1
+    world.attach()
+    assert codes(world) == ["x", "y"]
+
+
 # ---- what a cell may use up
 
 
