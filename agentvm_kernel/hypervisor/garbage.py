@@ -109,9 +109,11 @@ def collect_garbage() -> list[str]:
         tops = [snapshot.disk for snapshot in list_all()] + list(machines_dir().glob("*/*.qcow2"))
         for top in tops:
             layer: Path | None = top
-            while layer is not None and layer not in needed and layer.exists():
-                needed.add(layer)
-                layer = backing_file(layer)
+            # An overlay may just be being made, or be gone; what it will rest on is some snapshot's.
+            with contextlib.suppress(SnapshotError, OSError):
+                while layer is not None and layer not in needed and layer.exists():
+                    needed.add(layer)
+                    layer = backing_file(layer)
         for layer in layers_dir().iterdir():
             # A layer is linked here before the pause in which its machine moves on to the next.
             if layer not in needed and now - layer.stat().st_ctime > UNFINISHED_S:

@@ -43,7 +43,9 @@ CLAIM_S = 60.0
 
 
 def reap(hypervisor: Hypervisor) -> list[str]:
-    """Remove all orphaned machines and return their names. One process at a time does it; the others return at once.
+    """Remove all orphaned machines and return their names, then delete snapshots that nobody can reach any more.
+
+    One process at a time does it; the others return at once.
 
     A libvirt that cannot be reached is no error: folders of machines without a QEMU process are removed all the same.
 
@@ -68,6 +70,7 @@ def reap(hypervisor: Hypervisor) -> list[str]:
             known = None
         reaped |= set(_reap_folders(hypervisor.uri, known))
         _reap_sockets()
+        collect()
         for name in sorted(reaped):
             log.info("machine_reaped", machine=name)
         return sorted(reaped)
@@ -202,7 +205,7 @@ def _age(path: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Reap everything, or with --machine one machine whose owner is done with it; then collect snapshots that nobody can reach any more."""
+    """Reap everything, or with --machine one machine whose owner is done with it."""
     parser = argparse.ArgumentParser(prog="python -m agentvm_kernel.hypervisor.reap", description=main.__doc__)
     parser.add_argument("--uri", help="libvirt URI")
     parser.add_argument("--machine", help="name of the machine to remove")
@@ -215,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
             reaped = reap(hypervisor)
             if not options.machine:
                 print("\n".join(reaped))
-        collect()
     except AgentVMError as error:
         log.error("reap_failed", machine=options.machine, error=str(error))
         return 1
