@@ -27,6 +27,7 @@ from agentvm_kernel.jupyter.requests import Request
 from agentvm_kernel.jupyter.sockets import ClientSockets
 from agentvm_kernel.jupyter.wire import Session
 from agentvm_kernel.log import get_logger
+from agentvm_kernel.paths import state_dir
 
 if TYPE_CHECKING:
     from agentvm_kernel.jupyter.magics.engine import HostCells
@@ -47,6 +48,8 @@ RELEASE_TIMEOUT_S = 1.5
 THREADS_TIMEOUT_S = 0.2
 # ZeroMQ tries again every 0.1 s to connect.
 SUBSCRIBER_TIMEOUT_S = 1.0
+# Not while a first cell wants the CPUs, and long before anybody deletes the snapshots of a process that is gone.
+ADOPT_AFTER_S = 20.0
 
 
 def parse_arguments(arguments: Sequence[str]) -> Path | None:
@@ -105,6 +108,17 @@ class KernelApp:
         self._loop.call_later(SUBSCRIBER_TIMEOUT_S, self._sockets.pause, "shell", False)
         self._sockets.start(self._proxy.on_client_message, self._on_subscribe)
         self.machine_wanted()
+        if self._session_name:
+            self._spawn(self._adopt_snapshots())
+
+    async def _adopt_snapshots(self) -> None:
+        """Keep the snapshots of the process before this one, where the kernel was restarted, from being collected."""
+        await asyncio.sleep(ADOPT_AFTER_S)
+        if (state_dir() / "snapshots").is_dir():
+            from agentvm_kernel.sandbox.snapshot_store import adopt
+
+            with suppress(AgentVMError, OSError):
+                await asyncio.to_thread(adopt, self._session_name)
 
     async def wait(self) -> int:
         """Serve until a client, a signal or the guest's end says otherwise; return the exit code."""

@@ -107,6 +107,11 @@ def test_form_feeds_and_other_separators_in_strings_do_not_shift_anything():
     ]
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_code_warns_nobody_here():
+    assert shape("x = '\\d'\nif x is 1: pass\n%vm\n") == ["x = '\\d'\nif x is 1: pass\n", ("vm", "")]
+
+
 def test_carriage_returns_end_lines_too():
     assert shape("a = 1\r\n%snapshot a\r\nb = 2\r\n") == ["a = 1\r\n", ("snapshot", "a"), "b = 2\r\n"]
 

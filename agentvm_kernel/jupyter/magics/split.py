@@ -7,6 +7,7 @@ cells that mention a host magic.
 """
 
 import ast
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -59,8 +60,10 @@ def split(cell: str) -> list[Part]:
     Lines without any code are left out. A cell that is no valid Python is for the guest: it says so best.
     """
     try:
-        source, origins, transformed = _transform(cell)
-        statements = ast.parse("".join(transformed)).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the guest gives them, where the user sees them
+            source, origins, transformed = _transform(cell)
+            statements = ast.parse("".join(transformed)).body
     except (SyntaxError, ValueError, RecursionError, RuntimeError):
         return []
     found: list[tuple[int, int, HostMagic]] = []
