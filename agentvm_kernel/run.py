@@ -97,6 +97,8 @@ def run_notebook(options: RunOptions) -> int:
         settings = load_config(profile=options.profile).sandbox_settings()
         environment["AGENTVM_PROFILE"] = settings.profile
         if options.start_from is not None:
+            if options.profile is not None:
+                raise ConfigError("A snapshot's machine has its size already.", hint="Leave out --profile or --from.")
             from agentvm_kernel.sandbox import snapshot_store
 
             environment[snapshot_store.START_FROM] = snapshot_store.find_any(options.start_from).id

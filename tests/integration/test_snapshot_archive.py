@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from toy_guest import counter, wait_until_counting
 
+from agentvm_kernel import cli
 from agentvm_kernel.errors import AgentVMError, SnapshotError, SnapshotMismatchError
 from agentvm_kernel.hypervisor import archive
 from agentvm_kernel.hypervisor.boot import boot_machine
@@ -178,6 +179,32 @@ def _delta_beyond_the_end() -> bytes:
         + (1).to_bytes(8, "little")
         + bytes(4096)
     )
+
+
+def test_the_command_line_exports_imports_lists_and_deletes(exported, tmp_path, capsys):
+    target = tmp_path / "again.avm"
+
+    def run(*arguments: str) -> str:
+        code = cli.main(["snapshot", *arguments])
+        shown = capsys.readouterr()
+        return shown.out if code == 0 else shown.err
+
+    exported_id = next(one.id for one in list_all() if one.name == "travels")
+    assert "travels is kept" in run("export", "travels", "-o", str(target))
+    assert target.stat().st_size > 10_000
+    assert "already" in run("import", str(target))
+    assert "no name for a snapshot" in run("import", str(target), "--name", "../x")
+    added = json.loads(run("import", str(target), "--name", "second", "--json"))
+    assert (added["name"], added["exported"], added["profile"]) == ("second", True, "light")
+    listed = json.loads(run("list", "--json"))
+    assert {one["name"]: one["id"] for one in listed} == {"travels": exported_id, "second": added["id"]}
+    assert {line.split()[0] for line in run("list").splitlines()} == {"travels", "second"}
+    assert "no snapshot 'third'" in run("delete", "second", "third")
+    assert "Deleted second." in run("delete", "second")
+    assert json.loads(run("delete", "travels", "--json")) == [exported_id]
+    assert "There are no snapshots" in run("list")
+    assert "no snapshot 'travels'" in run("restore", "travels")
+    assert json.loads(run("list", "--json")) == []
 
 
 def test_what_cannot_be_written_leaves_nothing(exported, hypervisor, tmp_path, monkeypatch):
