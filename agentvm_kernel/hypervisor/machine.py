@@ -168,6 +168,19 @@ class Machine:
         except (OSError, ValueError) as error:
             raise MachineLost(f"Machine {self.name} has no QEMU process.") from error
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that its QEMU has used, for guest and emulation together (proc(5), stat fields 14 and 15).
+
+        Raises:
+            MachineLost: it has ended.
+        """
+        try:
+            text = Path(f"/proc/{self.qemu_pid}/stat").read_text()
+        except OSError as error:
+            raise MachineLost(f"Machine {self.name} has no QEMU process.") from error
+        fields = text[text.rindex(")") + 2 :].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def start(self, xml: str, *, paused: bool = False) -> None:
         """Create the domain and return when it runs (or is paused).
 

@@ -32,6 +32,9 @@ class Lease(Protocol):
     def idle(self) -> IdlePolicy:
         """What becomes of it while nobody uses it."""
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that it has used, as the host sees it; 0 once it is gone."""
+
     async def pause(self) -> None:
         """Stop its CPUs; it keeps its state. Raises AgentVMError."""
 

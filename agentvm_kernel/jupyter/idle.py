@@ -16,9 +16,8 @@ from agentvm_kernel.transport.connection import GuestConnection
 log = get_logger(__name__)
 
 SOON_S = 0.05
-
-WORKING_LOAD = 0.3
-"""Load average of the last minute above which something works in the machine, although no cell does."""
+WORKING_CPUS = 0.2
+"""Share of one CPU above which something works in the machine, although no cell does; an idle machine takes 0.02 and less."""
 
 
 class Door(Protocol):
@@ -93,16 +92,21 @@ class IdleWatch:
 
     async def _until_idle(self) -> None:
         pause_s = self._lease.idle.pause_s
+        looked_at, used_s = time.monotonic(), self._lease.cpu_seconds()
         while True:
+            now = time.monotonic()
             since = self._door.idle_since()
-            idle_s = 0.0 if since is None else time.monotonic() - since
+            idle_s = 0.0 if since is None else now - since
             if self._now.is_set():
                 if since is not None:
                     return
                 await asyncio.sleep(SOON_S)
                 continue
+            before = looked_at, used_s
+            looked_at, used_s = now, self._lease.cpu_seconds()
             if pause_s and idle_s >= pause_s:
-                if not await self._working():
+                # Work of a background thread or process of the user's is not stopped.
+                if used_s - before[1] <= WORKING_CPUS * (now - before[0]):
                     return
                 idle_s = 0.0
             try:
@@ -113,8 +117,3 @@ class IdleWatch:
 
     def _look_again_s(self, left_s: float) -> float | None:
         return max(left_s, 0.05) if self._lease.idle.pause_s else None
-
-    async def _working(self) -> bool:
-        """Return whether a background thread or process of the user's is at work."""
-        load = (await self._lease.connection.call("system")).get("load")
-        return isinstance(load, list) and bool(load) and isinstance(load[0], float) and load[0] > WORKING_LOAD

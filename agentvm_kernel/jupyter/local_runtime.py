@@ -51,6 +51,10 @@ class LocalLease:
         """It is never paused."""
         return IdlePolicy()
 
+    def cpu_seconds(self) -> float:
+        """It is never paused, so nobody looks."""
+        return 0.0
+
     async def pause(self) -> None:
         """Refuse: only machines can be paused."""
         raise MachineError("A local process is not paused.")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from agentvm_kernel.errors import AgentVMError, MachineTimeout
+from agentvm_kernel.errors import AgentVMError, MachineLost, MachineTimeout
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.machine import Machine, spawn_releaser
 from agentvm_kernel.hypervisor.snapshot import Snapshot
@@ -89,6 +89,13 @@ class Lease:
         if not self.lost.done():
             self.lost.set_result(stopped or f"the connection to machine {self.machine.name} ended: {reason}")
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that its QEMU has used; 0 once it is gone."""
+        try:
+            return self.machine.cpu_seconds()
+        except MachineLost:
+            return 0.0
+
     async def pause(self) -> None:
         """Stop its CPUs; it keeps its state and its connection.
 
@@ -166,7 +173,13 @@ async def from_snapshot(
     Raises:
         AgentVMError: it cannot be thawed or does not confirm its identity.
     """
-    machine = await asyncio.to_thread(_thaw_running, hypervisor, snapshot, spare)
+    thawing = asyncio.ensure_future(asyncio.to_thread(_thaw_running, hypervisor, snapshot, spare))
+    try:
+        machine = await asyncio.shield(thawing)
+    except asyncio.CancelledError:
+        # The thread goes on, and nobody will know of its machine.
+        thawing.add_done_callback(_release_unwanted)
+        raise
     try:
         connection = await connect_thawed(machine, reseed=reseed, timeout_s=THAW_TIMEOUT_S)
     except BaseException:
@@ -215,6 +228,11 @@ def _attach_running(hypervisor: Hypervisor, name: str) -> Machine:
     if machine.state is MachineState.PAUSED:
         machine.resume()
     return machine
+
+
+def _release_unwanted(thawing: "asyncio.Future[Machine]") -> None:
+    if not thawing.cancelled() and thawing.exception() is None:
+        thawing.result().release()
 
 
 def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot, spare: Machine | None) -> Machine:

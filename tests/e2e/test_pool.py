@@ -76,7 +76,8 @@ def home(templates_of_the_user: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with Hypervisor() as hypervisor:
         wait_until(lambda: (reap(hypervisor), pool.count_machines())[1] == 0)
     assert not list((folder / "run" / "m").iterdir())
-    shutil.rmtree(folder)
+    # A reaper that was started meanwhile may still look around in there.
+    wait_until(lambda: (shutil.rmtree(folder, ignore_errors=True), not folder.exists())[1])
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ import pytest
 v4 = nbformat.v4
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
-WAITING = "import pathlib, time\npathlib.Path({flag!r}).touch()\nprint('begun', flush=True)\ntime.sleep(600)"
+WAITING = (
+    "import pathlib, time\nprint('begun', flush=True)\ntime.sleep(0.5)\npathlib.Path({flag!r}).touch()\ntime.sleep(600)"
+)
 
 
 class Run:
