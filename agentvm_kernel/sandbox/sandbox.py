@@ -133,6 +133,7 @@ class Sandbox:
         lease, self._lease, self._cells = self._lease, None, None
         if lease is None:
             return
+        self.history.leave()
         await lease.release()
         if not self._forked:
             await self.history.end()

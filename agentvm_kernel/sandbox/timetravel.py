@@ -54,6 +54,7 @@ class TimeTravel:
         self._hypervisor: Hypervisor | None = None
         self._lock = asyncio.Lock()
         self._spare = Spare()
+        self._forked: list[Snapshot] = []  # what copies were made from
         self._drawing: asyncio.Future[None] | None = (
             None  # the machine's disk layers together; nothing else may use its disk
         )
@@ -169,8 +170,10 @@ class TimeTravel:
         if not 1 <= count <= MAX_FORKS:
             raise SnapshotError(f"{count} is no number of copies.", hint=f"It can be 1 to {MAX_FORKS}.")
         async with self._lock:
+            self._forked = await asyncio.to_thread(_delete_unused, self._forked)
             untouched = self._untouched
             snapshot = await self._freeze(lease, "", "", True)
+            self._forked.append(snapshot)
             self._here, self._untouched = snapshot.after, untouched
             hypervisor = lease.machine.hypervisor
             await asyncio.to_thread(memory.ensure_memory, hypervisor, snapshot)
@@ -180,13 +183,15 @@ class TimeTravel:
             async with room:
                 return await from_snapshot(hypervisor, snapshot)
 
-        results = await asyncio.gather(*(clone() for _ in range(count)), return_exceptions=True)
-        clones = [result for result in results if isinstance(result, Lease)]
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            await asyncio.gather(*(one.release() for one in clones))
-            raise errors[0]
-        return clones
+        tasks = [asyncio.ensure_future(clone()) for _ in range(count)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(one.release() for one in results if isinstance(one, Lease)))
+            raise
 
     async def delete(self, name: str) -> None:
         """Delete a snapshot; those that came after it stay whole.
@@ -356,6 +361,17 @@ def _require_disk(wanted: int) -> None:
             f"Only {free >> 20} MiB of disk are free in {folder}; a snapshot needs {wanted >> 20} MiB.",
             hint="Delete snapshots that you do not need: agentvm snapshot list.",
         )
+
+
+def _delete_unused(forked: list[Snapshot]) -> list[Snapshot]:
+    """Delete those that no copy rests on any more, and return the others."""
+    left = []
+    for snapshot in forked:
+        try:
+            garbage.delete(snapshot)
+        except (SnapshotError, OSError):
+            left.append(snapshot)
+    return left
 
 
 def _draw_together(machine: Machine) -> None:

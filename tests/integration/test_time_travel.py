@@ -91,6 +91,11 @@ def names(sandbox: Sandbox) -> list[str]:
     return [one.name for one in files.list_all() if one.session == sandbox.history.session and one.name]
 
 
+def machines() -> set[str]:
+    """The names of all machines that have left something on the disk."""
+    return {path.name for path in machines_dir().iterdir()}
+
+
 async def gone(name: str) -> None:
     """Wait until nothing is left of a machine; the process that removes it does not tell us."""
     async with asyncio.timeout(30):
@@ -261,6 +266,25 @@ print(items, random.random(), np.random.rand(), *identity, sep='|')
     assert all(one.name for one in files.list_all() if one.session == sandbox.history.session and not one.automatic)
 
 
+async def test_what_is_given_up_half_way_leaves_no_machine(sandbox):
+    await output(sandbox, "value = 1")
+    await sandbox.snapshot("here")
+    sandbox.history._spare.drop()
+    before = machines()
+    for attempt in (sandbox.fork(3), sandbox.restore("here")):
+        task = asyncio.ensure_future(attempt)
+        async with asyncio.timeout(60):
+            while machines() <= before:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(60):
+            while not machines() <= before:
+                await asyncio.sleep(0.1)
+    assert await output(sandbox, "print(value)") == "1"
+
+
 async def test_a_killed_machine_comes_back_and_the_connection_of_another_stays(sandbox):
     await output(sandbox, "value = 'precious'")
     await sandbox.snapshot("safe")
@@ -316,12 +340,12 @@ async def test_what_is_refused_changes_nothing(sandbox, monkeypatch):
         load(machine, state)
 
     sandbox.history._spare.drop()
-    before = {path.name for path in machines_dir().iterdir()}
+    before = machines()
     with monkeypatch.context() as patch:
         patch.setattr(thaw, "load_devices", killed)
         with pytest.raises((AgentVMError, OSError)):
             await sandbox.restore("one")
-    assert sandbox.lease.machine.name in {path.name for path in machines_dir().iterdir()} <= before
+    assert sandbox.lease.machine.name in machines() <= before
     assert await output(sandbox, "print(value)") == "2"
     assert names(sandbox) == ["one"]
     assert not list(files.snapshots_dir().glob(f"{files.PARTIAL}*"))
