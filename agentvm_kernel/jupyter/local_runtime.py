@@ -90,6 +90,7 @@ class LocalBackend:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "guest_runtime.local"),
                 *("--socket", str(folder / "runtime.sock"), "--secret-file", str(folder / "secret")),
+                *("--parent", str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
