@@ -19,7 +19,7 @@ lint: setup ## check style and types
 	$(PYTHON) -m mypy
 
 test: lint ## lint, then all tests with coverage (boots real machines)
-	$(PYTHON) -m pytest tests/unit tests/integration tests/e2e tests/conformance --cov --cov-report=term --cov-fail-under=80
+	$(PYTHON) -m pytest tests/unit tests/integration tests/e2e tests/conformance -m "not long" --cov --cov-report=term --cov-fail-under=80
 
 conformance: setup ## the suites that Jupyter has for kernels and clients, against real machines
 	$(PYTHON) -m pytest tests/conformance

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +103,10 @@ def environment(folder: Path, *, local: bool) -> dict[str, str]:
     }
 
 
-def run(suite: Suite, environ: dict[str, str], *, case_timeout_s: int, timeout_s: int) -> dict[str, Result]:
-    """Run a suite and return what became of its cases, by id ("test_kernel.py::test_simple_print")."""
+def run(
+    suite: Suite, environ: dict[str, str], cases: Sequence[str] = (), *, case_timeout_s: int, timeout_s: int
+) -> dict[str, Result]:
+    """Run a suite, or some of its cases, and return what became of them, by id ("test_kernel.py::test_simple_print")."""
     folder = suite.fetch()
     with tempfile.TemporaryDirectory(prefix="agentvm-suite-") as temporary:
         results = Path(temporary) / "results.jsonl"
@@ -117,7 +120,12 @@ def run(suite: Suite, environ: dict[str, str], *, case_timeout_s: int, timeout_s
             "-p",
             "recorder",
         ]
-        command += ["-q", "--tb=short", f"--timeout={case_timeout_s}", *(f"tests/{name}" for name in suite.files)]
+        command += [
+            "-q",
+            "--tb=short",
+            f"--timeout={case_timeout_s}",
+            *(f"tests/{name}" for name in cases or suite.files),
+        ]
         # What they print is shown by our pytest when we fail.
         subprocess.run(
             command, cwd=folder, env=environ | {"AGENTVM_RESULTS": str(results)}, check=False, timeout=timeout_s

@@ -1,7 +1,7 @@
 """The tests that ipykernel and nbclient have for kernels and their clients, against this kernel.
 
-Every case passes, or is named in not_green.toml with its reason. With the runtime as a local process, and with `-m guest` with real
-machines.
+Every case passes, or is named in not_green.toml with its reason. With the runtime as a local process, which is a part of `make test`,
+and with real machines, which `make conformance` adds.
 """
 
 import tomllib
@@ -15,7 +15,7 @@ from suites import IPYKERNEL, NBCLIENT, Result, Suite
 
 RUNTIMES = [
     pytest.param("local", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-    pytest.param("machine", marks=[pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(2400)]),
+    pytest.param("machine", marks=[pytest.mark.guest, pytest.mark.long, pytest.mark.timeout(2400)]),
 ]
 TEMPLATE_TIMEOUT_S = 600
 
@@ -37,13 +37,13 @@ def known(suite: Suite, runtime: str) -> dict[str, Known]:
     }
 
 
-def disagreements(results: dict[str, Result], exceptions: dict[str, Known]) -> list[str]:
-    """Compare what happened with what is known."""
-    problems = [f"{case} is named in vain: there is no such case" for case in exceptions if case not in results]
+def disagreements(results: dict[str, Result], exceptions: dict[str, Known]) -> dict[str, str]:
+    """Compare what happened with what is known; return what is wrong, by case."""
+    problems = {case: "named in vain: there is no such case" for case in exceptions if case not in results}
     for case, result in results.items():
         expected = exceptions[case].outcome if case in exceptions else "passed"
         if result.outcome != expected and not (expected == "varies" and result.outcome in ("passed", "failed")):
-            problems.append(f"{case} {result.outcome}, not {expected}: {result.why}")
+            problems[case] = f"{result.outcome}, not {expected}: {result.why}"
     return problems
 
 
@@ -53,9 +53,16 @@ def test_suite(suite: Suite, runtime: str, tmp_path: Path) -> None:
     environ = suites.environment(tmp_path, local=runtime == "local")
     if runtime == "machine":
         build_template(tmp_path)
-    results = suites.run(suite, environ, case_timeout_s=60 if runtime == "local" else 300, timeout_s=2000)
+    limits = {"case_timeout_s": 60 if runtime == "local" else 300, "timeout_s": 2000}
+    results = suites.run(suite, environ, **limits)
     print(f"{suite.project} {suite.version}, {runtime}: {count(results)}")
-    assert disagreements(results, known(suite, runtime)) == []
+    exceptions = known(suite, runtime)
+    wrong = disagreements(results, exceptions)
+    if again := [case for case in wrong if case in results]:
+        # Some cases allow a tenth of a second for something, and a busy computer takes longer now and then.
+        print(f"once more: {wrong}")
+        results |= suites.run(suite, environ, again, **limits)
+    assert disagreements(results, exceptions) == {}
     assert len(results) == suite.cases
 
 
@@ -91,12 +98,10 @@ def test_what_is_not_green_is_explained() -> None:
 def test_a_case_that_changes_is_noticed() -> None:
     exceptions = {"a": Known("failed", ""), "b": Known("varies", ""), "gone": Known("failed", "")}
     results = {"a": Result("passed", ""), "b": Result("failed", ""), "c": Result("failed", "boom")}
-    assert disagreements(results, exceptions) == [
-        "gone is named in vain: there is no such case",
-        "a passed, not failed: ",
-        "c failed, not passed: boom",
-    ]
-    assert (
-        disagreements({"a": Result("failed", ""), "gone": Result("failed", ""), "b": Result("passed", "")}, exceptions)
-        == []
-    )
+    assert disagreements(results, exceptions) == {
+        "gone": "named in vain: there is no such case",
+        "a": "passed, not failed: ",
+        "c": "failed, not passed: boom",
+    }
+    as_known = {"a": Result("failed", ""), "gone": Result("failed", ""), "b": Result("passed", "")}
+    assert disagreements(as_known, exceptions) == {}
