@@ -29,7 +29,7 @@ class Powers:
         """Return them by name."""
         return {
             "renew": Method(self.renew, slow=True),
-            "wake": Method(self.wake),
+            "wake": Method(self.wake, slow=True),
             "shutdown": Method(self.shutdown),
             "reboot": Method(self.reboot),
         }
@@ -73,14 +73,19 @@ class Powers:
         """Go on after a pause, or where a snapshot was taken; whose machine it is has not changed.
 
         Args:
-            entropy: 32 bytes or more from the host's generator, in base64.
+            entropy: 32 bytes or more from the host's generator, in base64; 64 with a secret.
             time_ns: the host's wall clock, in nanoseconds since the epoch.
-            secret: what a host has to know from the next connection on, as for `renew`; empty leaves it as it is.
+            secret: after a restore, what a host has to know from the next connection on, as for `renew`; the generators in the Python
+                kernel that no user can seed are reseeded then. Empty leaves both as they are.
         """
         new_secret = _decode(secret, "secret", 32) if secret else b""
-        identity.reseed_kernel(_decode(entropy, "entropy", 32))
+        seed = _decode(entropy, "entropy", 64 if new_secret else 32)
+        half = len(seed) // 2
+        identity.reseed_kernel(seed[:half])
         identity.set_clock(time_ns)
         if new_secret:
+            # What was drawn after the snapshot was taken must not be drawn again, such as keys and nonces of TLS.
+            self._agent.kernel.reseed(seed[half:], clone=False)
             identity.replace(SECRET, new_secret, 0o600)
             self._agent.set_secret(new_secret)
         return {"entropy": True, "time": True, "secret": bool(new_secret)}
