@@ -105,32 +105,31 @@ async def test_hazard_2_a_users_own_seed_gives_the_same_numbers_everywhere(pair)
     assert await ask(pair[0], seeded) == first
 
 
-async def test_hazard_2_a_restored_machine_goes_on_with_its_users_seed_and_forks_do_not(pair):
-    sandbox, _ = pair
-    await ask(
-        sandbox,
-        "import random, ssl, tempfile, numpy as np; random.seed(7); np.random.seed(7); ssl.RAND_bytes(1); tempfile.mktemp()",
-    )
-    await sandbox.snapshot("seeded")
-    forks = await sandbox.fork(2)
-    try:
-        drawn = [await ask(each, DRAW) for each in (sandbox, *forks)]
-        assert len(set(drawn)) == 3
-        hidden = "import os, ssl, tempfile; print(ssl.RAND_bytes(16), os.path.basename(tempfile.mktemp()), sep=chr(10))"
-        told = [(await ask(each, hidden)).split("\n") for each in (sandbox, *forks)]
-        assert len({numbers for numbers, *_ in told}) == 3
-        assert len({name for _, name, *_ in told}) == 3
-    finally:
-        for each in forks:
-            await each.close()
-    await sandbox.restore("seeded")
-    assert await ask(sandbox, DRAW) == drawn[0]
-    # What nobody can seed is new even there.
-    assert (await ask(sandbox, hidden)).split("\n")[0] != told[0][0]
+async def test_hazard_2_a_restored_machine_goes_on_with_its_users_seed_and_forks_do_not():
+    hidden = "import os, ssl, tempfile; print(ssl.RAND_bytes(16), os.path.basename(tempfile.mktemp()), sep=chr(10))"
+    async with await Sandbox.create(SETTINGS) as sandbox:
+        await ask(sandbox, f"import random, numpy as np; random.seed(7); np.random.seed(7)\n{hidden}")
+        await sandbox.snapshot("seeded")
+        forks = await sandbox.fork(2)
+        try:
+            drawn = [await ask(each, DRAW) for each in (sandbox, *forks)]
+            assert len(set(drawn)) == 3
+            told = [(await ask(each, hidden)).split("\n") for each in (sandbox, *forks)]
+            assert len({numbers for numbers, *_ in told}) == 3
+            assert len({name for _, name, *_ in told}) == 3
+        finally:
+            for each in forks:
+                await each.close()
+        await sandbox.restore("seeded")
+        assert await ask(sandbox, DRAW) == drawn[0]
+        # What nobody can seed is new even there.
+        numbers, name, *_ = (await ask(sandbox, hidden)).split("\n")
+        assert numbers != told[0][0]
+        assert name != told[0][1]
 
 
 async def test_hazard_3_the_wall_clock_is_right_and_the_monotonic_clock_goes_on(pair):
-    template = load(pair[0].lease.machine.tags.template)
+    template = load(pair[1].lease.machine.tags.template)
     for each in pair:
         before = time.time()
         told = float(await ask(each, "import time; print(time.time())"))
@@ -162,7 +161,7 @@ async def test_hazard_4_clones_share_no_address_of_a_network_card(facts):
 
 
 async def test_hazard_4_each_clone_has_a_secret_of_its_own_and_has_forgotten_the_templates(pair):
-    template = load(pair[0].lease.machine.tags.template)
+    template = load(pair[1].lease.machine.tags.template)
     secrets = {each.lease.machine.secret for each in pair} | {template.secret.read_bytes()}
     assert len(secrets) == 3
     clone = await acquire(SETTINGS)
@@ -220,7 +219,7 @@ async def test_hazard_6_nobody_gets_a_machine_before_its_identity_is_renewed(mon
         await gate.wait()
         return await renew(*arguments, **options)
 
-    monkeypatch.setattr(lease, "renew_identity", slow)
+    monkeypatch.setattr(identity, "renew_identity", slow)
     monkeypatch.setattr(lease.pool, "claim", lambda key: None)
     waiting = asyncio.create_task(Sandbox.create(SETTINGS))
     await asked.wait()
@@ -254,7 +253,7 @@ async def test_hazard_6_a_machine_that_does_not_confirm_is_discarded(monkeypatch
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 async def test_hazard_7_no_other_user_can_read_or_thaw_a_template(pair, tmp_path):
-    template = load(pair[0].lease.machine.tags.template)
+    template = load(pair[1].lease.machine.tags.template)
     for path in (template.memory, template.state, template.secret, template.folder / "snapshot.json"):
         done = subprocess.run(
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", str(path)], capture_output=True
@@ -268,7 +267,7 @@ async def test_hazard_7_no_other_user_can_read_or_thaw_a_template(pair, tmp_path
 
 
 async def test_hazard_8_what_clones_write_never_reaches_the_templates_memory(pair):
-    template = load(pair[0].lease.machine.tags.template)
+    template = load(pair[1].lease.machine.tags.template)
     before = template.memory.stat()
     for each in pair:
         await ask(
@@ -385,7 +384,7 @@ async def test_hazard_18_an_owner_killed_at_any_moment_leaves_nothing_after_the_
                 await until(lambda: reap(hypervisor) is not None and not left_behind(state, run))
     assert seen, "the owner was never killed with anything in its hands"
     # Templates outlive all that.
-    assert load(pair[0].lease.machine.tags.template).memory.exists()
+    assert load(pair[1].lease.machine.tags.template).memory.exists()
 
 
 async def test_hazard_18_a_killed_qemu_is_told_at_once_and_leaves_nothing(home, monkeypatch):
