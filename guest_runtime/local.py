@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--connection-dir", type=Path, help="for ipykernel's sockets; a temporary folder otherwise")
     parser.add_argument("--preload", nargs="*", default=[], help="modules to import first")
     parser.add_argument("--restart-kernel", action="store_true", help="start ipykernel again when it ends by itself")
-    parser.add_argument("--parent", type=int, help="process that this one ends with, by its id; otherwise whoever started it")
+    parser.add_argument(
+        "--parent", type=int, help="process that this one ends with, by its id; otherwise whoever started it"
+    )
     arguments = parser.parse_args()
     # Under asyncio a parent thread may be short-lived, which rules PR_SET_PDEATHSIG out.
     parent = os.pidfd_open(os.getppid())
