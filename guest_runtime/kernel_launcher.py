@@ -134,7 +134,6 @@ class _Interrupts:
 
     def __init__(self, app: Any) -> None:
         self._main = threading.get_ident()
-        self._open = True
         self._waiting = False
         kernel, shell, session = app.kernel, app.shell, app.session
         self._kernel = kernel
@@ -145,28 +144,33 @@ class _Interrupts:
         session.send = self._around_message(session.send)
 
     def _take_over(self) -> None:
-        self._open, self._waiting = True, False
-        self._kernel.saved_sigint_handler = signal.signal(signal.SIGINT, self._on_signal)
+        self._waiting = False
+        self._kernel.saved_sigint_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._waiting = True
-        self._raise()
 
     def _raise(self) -> None:
-        if self._open and self._waiting and threading.get_ident() == self._main:
+        if not self._waiting or threading.get_ident() != self._main:
+            return
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._waiting = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def _set(self, is_open: bool) -> Iterator[None]:
-        if threading.get_ident() != self._main:  # a subshell's thread; signals come to the main one only
+        # Python's own handler leaves no trace of us in the user's traceback. Cells that await have ipykernel's, which stays.
+        ours = (self._on_signal, signal.default_int_handler)
+        before, wanted = ours if is_open else ours[::-1]
+        # A subshell has its own thread; signals come to the main one only.
+        if threading.get_ident() != self._main or signal.getsignal(signal.SIGINT) != before:
             yield
             return
-        before, self._open = self._open, is_open
+        signal.signal(signal.SIGINT, wanted)
         try:
             yield
         finally:
-            self._open = before
+            signal.signal(signal.SIGINT, before)
 
     def _around_message(self, send: Callable[..., Any]) -> Callable[..., Any]:
         def send_whole(*arguments: Any, **named: Any) -> Any:

@@ -184,6 +184,7 @@ async def test_interrupting_a_loop(kernel, way):
         kernel.process.send_signal(signal.SIGINT)
     reply, outputs = await kernel.result(asked)
     assert reply["ename"] == "KeyboardInterrupt"
+    assert "kernel_launcher" not in "".join(reply["traceback"])
     assert outputs[-1][0] == "error"
     assert (await kernel.reply(queued))["status"] == "aborted"
     _, outputs = await kernel.run("print(x, 'never' in globals())")
