@@ -233,32 +233,6 @@ def list_all() -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: (snapshot.created, snapshot.id))
 
 
-def find_template(
-    hypervisor: Hypervisor, *, profile: str, accelerator: str, image: str, runtime: str, vsock: bool
-) -> Snapshot | None:
-    """Return the newest template that fits, None where one has to be made.
-
-    Args:
-        hypervisor: whose QEMU shall thaw it.
-        profile: name of the resource profile.
-        accelerator: "kvm" or "tcg".
-        image: digest of the guest image.
-        runtime: digest of the guest runtime.
-        vsock: the machine has a vsock, otherwise a virtio-serial port.
-    """
-    from agentvm_kernel.hypervisor import mechanism
-
-    wanted = (profile, accelerator, image, runtime, vsock)
-    way = mechanism.known(hypervisor)
-    for snapshot in reversed(list_all()):
-        hardware = snapshot.hardware
-        has = (hardware.profile, hardware.accelerator, hardware.image, hardware.runtime, hardware.vsock)
-        fits = snapshot.is_template and has == wanted and (way is None or snapshot.internal == (way.kind == "internal"))
-        if fits and not differences(hypervisor, snapshot):
-            return snapshot
-    return None
-
-
 def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
     """Return in words what keeps `snapshot` from being thawed here; empty when nothing does."""
     from agentvm_kernel.hypervisor import mechanism

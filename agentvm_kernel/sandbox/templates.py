@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from agentvm_kernel import paths
 from agentvm_kernel.errors import AgentVMError, AuthenticationError, BootError, SnapshotError
-from agentvm_kernel.hypervisor import accelerator
+from agentvm_kernel.hypervisor import accelerator, mechanism
 from agentvm_kernel.hypervisor.boot import boot_machine
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.freeze import freeze_template
@@ -60,6 +60,9 @@ def obstacles(hypervisor: Hypervisor, template: Snapshot) -> list[str]:
         found.append(f"it is for {hardware.accelerator}, here is {here}")
     if hardware.vsock != vsock_available():
         found.append(f"it has {'a' if hardware.vsock else 'no'} vsock")
+    way = mechanism.known(hypervisor)
+    if way is not None and template.internal != (way.kind == "internal"):
+        found.append(f"machines are thawed in the other way here: {way.reason}")
     return found or differences(hypervisor, template)
 
 

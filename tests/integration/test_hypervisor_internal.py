@@ -24,10 +24,11 @@ from agentvm_kernel.hypervisor.files import MachineFiles, machines_dir
 from agentvm_kernel.hypervisor.freeze import freeze_live, freeze_template
 from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.reap import qemu_alive, reap
-from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, find_template
+from agentvm_kernel.hypervisor.snapshot import Snapshot, differences
 from agentvm_kernel.hypervisor.tags import Owner, Tags
 from agentvm_kernel.hypervisor.thaw import own_xml, thaw
 from agentvm_kernel.image.store import Image
+from agentvm_kernel.sandbox.templates import obstacles
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
 
@@ -107,17 +108,9 @@ def test_the_image_of_a_machine_is_its_own(hypervisor: Hypervisor, machine: Mach
 def test_a_template_made_the_other_way_is_not_taken(
     hypervisor: Hypervisor, template: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hardware = template.hardware
-    wanted = {
-        "profile": hardware.profile,
-        "accelerator": hardware.accelerator,
-        "image": hardware.image,
-        "runtime": hardware.runtime,
-        "vsock": hardware.vsock,
-    }
-    assert find_template(hypervisor, **wanted) == template
+    assert obstacles(hypervisor, template) == []
     monkeypatch.setenv(mechanism.VARIABLE, "pass-through")
-    assert find_template(hypervisor, **wanted) is None
+    assert "the other way" in obstacles(hypervisor, template)[0]
 
 
 def test_a_snapshot_that_needs_pass_through_is_refused_where_there_is_none(
