@@ -245,7 +245,8 @@ async def test_threads_print_after_their_cell(kernel):
     await kernel.result(asked)
     setting = kernel.client.execute("go.set()")
     text = ""
-    while not text.endswith("\n"):  # print writes the end of the line separately, and what is there may be sent in between
+    # print writes the end of the line separately, and what is there may be sent in between.
+    while not text.endswith("\n"):
         message = await kernel.client.get_iopub_msg(timeout=TIMEOUT_S)
         if message["msg_type"] == "stream":
             text += message["content"]["text"]
