@@ -5,6 +5,7 @@ Root with the system libvirt uses the system's folders, everybody else the XDG b
 """
 
 import os
+import zlib
 from pathlib import Path
 
 OWNER_CONFIG = Path("/etc/agentvm/config.toml")
@@ -29,17 +30,22 @@ def state_dir() -> Path:
 
 
 def run_dir() -> Path:
-    """Sockets and locks; a short path, since a Unix socket's is limited to 107 bytes."""
-    return _folder("AGENTVM_RUN_DIR", "/run/agentvm", "XDG_RUNTIME_DIR", "~/.local/state/agentvm-run")
+    """Sockets and locks; a short path, since a Unix socket's is limited to 107 bytes.
+
+    Another state folder gets another one of these by itself: what the machines of one know nothing of is removed from it.
+    """
+    of_state = os.environ.get("AGENTVM_STATE_DIR", "")
+    suffix = f"-{zlib.crc32(of_state.encode()):08x}" if of_state else ""
+    return _folder("AGENTVM_RUN_DIR", "/run/agentvm", "XDG_RUNTIME_DIR", "~/.local/state/agentvm-run", suffix)
 
 
-def _folder(variable: str, system: str, xdg: str, fallback: str) -> Path:
+def _folder(variable: str, system: str, xdg: str, fallback: str, suffix: str = "") -> Path:
     if value := os.environ.get(variable):
         path = Path(value)
     elif os.geteuid() == 0:
-        path = Path(system)
+        path = Path(system + suffix)
     else:
-        path = Path(os.environ.get(xdg) or Path(fallback).expanduser()) / "agentvm"
+        path = Path(os.environ.get(xdg) or Path(fallback).expanduser()) / f"agentvm{suffix}"
     # Root's QEMU runs as another user, which must be able to pass through to its own files.
     path.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
     return path

@@ -38,6 +38,28 @@ WARM_UP_TRIES = 30
 MakeKernel = Callable[[Callable[[Path], None], Callable[[dict[str, Any]], None]], PythonKernel]
 
 
+class _Workers:
+    """Threads that run tasks which may take a while; one that is done waits for the next task.
+
+    A thawed machine would need longer to make a thread than for most of these tasks.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Have a thread run something that raises nothing."""
+        self._tasks.put(task)
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()
+            self._idle.release()
+
+
 class Agent:
     """The loop and everything that it serves.
 
@@ -60,6 +82,7 @@ class Agent:
         self._up = False
         self._early: list[tuple[Mux, Message]] = []  # came before the kernel was up
         self._when_sent: list[tuple[int, Callable[[], None]]] = []
+        self._workers = _Workers()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watch(self._wake_read, self._on_wake)
@@ -225,7 +248,7 @@ class Agent:
         if not isinstance(call, rpc.Call):
             self._answer(mux, call)
         elif call.method.slow:
-            threading.Thread(target=self._run_slow, args=(mux, call), daemon=True).start()
+            self._workers.run(lambda: self._run_slow(mux, call))
         else:
             self._answer(mux, call.run())
 

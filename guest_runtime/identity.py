@@ -5,6 +5,7 @@ stands where it was frozen. Each function renews one of these and raises OSError
 path of every start. Standard library only; needs root.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import ipaddress
@@ -22,7 +23,9 @@ _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
 _MS_BIND = 4096
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_OWN_BOOT_ID = "/run/agentvm/boot_id"
+_HELD = "/run/agentvm/identity"
+_OWN_BOOT_ID = f"{_HELD}/boot_id"
+_IN_ETC = ("hostname", "hosts", "machine-id")
 # Compiled before the template is frozen: a thawed machine would need longer for that than for what it checks.
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}")
@@ -49,33 +52,74 @@ def set_clock(time_ns: int) -> None:
     time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
 
 
+def prepare() -> None:
+    """Let the files of a machine's identity lie in memory; once, at boot.
+
+    The first write to the disk after a thaw costs more than all the rest of a new identity.
+    """
+    os.makedirs(_HELD, mode=0o755, exist_ok=True)
+    for name in _IN_ETC:
+        held, shown = f"{_HELD}/{name}", f"/etc/{name}"
+        try:
+            data = Path(shown).read_bytes()
+        except FileNotFoundError:
+            data = b""
+        _overwrite(held, data)
+        fresh = f"{shown}.agentvm"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        os.symlink(held, fresh)
+        os.replace(fresh, shown)
+    renew_boot_id()
+
+
 def set_hostname(name: str) -> None:
     """Set the host name, also in the files that hold it."""
     if not _HOSTNAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a host name")
     socket.sethostname(name)
-    replace(Path("/etc/hostname"), f"{name}\n".encode())
-    replace(Path("/etc/hosts"), f"127.0.0.1 localhost {name}\n::1 localhost ip6-localhost\n".encode())
+    _set_in_etc("hostname", f"{name}\n".encode())
+    _set_in_etc("hosts", f"127.0.0.1 localhost {name}\n::1 localhost ip6-localhost\n".encode())
 
 
 def set_machine_id(machine_id: str) -> None:
     """Set the id of machine-id(5): 32 hexadecimal digits."""
     if not _MACHINE_ID.fullmatch(machine_id):
         raise ValueError("a machine id has 32 hexadecimal digits")
-    replace(Path("/etc/machine-id"), f"{machine_id}\n".encode())
+    _set_in_etc("machine-id", f"{machine_id}\n".encode())
 
 
 def renew_boot_id() -> None:
     """Make boot_id a fresh one: the kernel's own cannot be changed, so a file of ours lies over it."""
-    wanted = f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n"
-    own = Path(_OWN_BOOT_ID)
-    mounted = own.exists()
-    own.write_text(wanted)
+    wanted = f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n".encode()
+    mounted = os.path.exists(_OWN_BOOT_ID)
+    _overwrite(_OWN_BOOT_ID, wanted)
     if not mounted:
-        own.chmod(0o444)
-        mount(str(own), _BOOT_ID, "", _MS_BIND)
-    if Path(_BOOT_ID).read_text() != wanted:
-        raise OSError(f"{_BOOT_ID} does not show the new id")
+        mount(_OWN_BOOT_ID, _BOOT_ID, "", _MS_BIND)
+    with open(_BOOT_ID, "rb", buffering=0) as shown:
+        if shown.read(64) != wanted:
+            raise OSError(f"{_BOOT_ID} does not show the new id")
+
+
+def _set_in_etc(name: str, data: bytes) -> None:
+    """Write a file in /etc: in memory, unless the user has put a file of their own in the place of our link."""
+    held, shown = f"{_HELD}/{name}", f"/etc/{name}"
+    try:
+        ours = os.readlink(shown) == held
+    except OSError:
+        ours = False
+    if ours:
+        _overwrite(held, data)
+    else:
+        replace(Path(shown), data)
+
+
+def _overwrite(path: str, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def replace(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+from guest_runtime import identity
 from guest_runtime.identity import mount
 
 GRACE_S = 3.0
@@ -74,6 +75,7 @@ def _prepare() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", _IFF_UP_RUNNING))
     Path("/proc/sys/kernel/ctrl-alt-del").write_text("0")
+    identity.prepare()
     socket.sethostname(json.loads(Path("/run/agentvm/boot.json").read_text()).get("hostname", "agentvm"))
 
 

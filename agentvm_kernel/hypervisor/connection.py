@@ -70,6 +70,8 @@ class Hypervisor:
         self._asked_dac_user = False
         self.limits_refused = False
         """Set once libvirt has said that it cannot limit CPU or memory here (no cgroup controllers)."""
+        self.capabilities_refused = False
+        """Set once libvirt has refused that a domain leaves out one of QEMU's capabilities."""
         self.memory_is_closed = False
         """Set once the host's kernel has refused access to a QEMU's memory (yama): snapshots need memory files of their own then."""
 

@@ -282,6 +282,7 @@ def generalise(domain: ElementTree.Element) -> None:
         "resource",
         "seclabel",
         "{http://libvirt.org/schemas/domain/qemu/1.0}commandline",
+        "{http://libvirt.org/schemas/domain/qemu/1.0}capabilities",
     )
     for tag in removable:
         for element in domain.findall(tag):
