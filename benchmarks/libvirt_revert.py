@@ -65,5 +65,5 @@ class Reverting:
 
     async def _connect(self) -> None:
         connection = await open_connection(self._machine.address, self._machine.secret, timeout_s=60)
-        self._lease = Lease(self._hypervisor, self._machine, connection)
+        self._lease = Lease(self._machine, connection)
         self._cells = Cells(self._lease)

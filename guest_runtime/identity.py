@@ -42,9 +42,12 @@ _TIME_WAIT, _CLOSE, _LISTEN = 6, 7, 10
 
 def reseed_kernel(entropy: bytes) -> None:
     """Mix the host's entropy into the kernel's generator and make it reseed from that at once."""
-    with Path("/dev/urandom").open("wb", buffering=0) as device:
+    device = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
         fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
         fcntl.ioctl(device, _RNDRESEEDCRNG)
+    finally:
+        os.close(device)
 
 
 def set_clock(time_ns: int) -> None:

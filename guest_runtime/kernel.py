@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -185,8 +185,11 @@ class PythonKernel:
             "starts": self._starts,
         }
 
-    def reseed(self, seed: bytes, *, clone: bool) -> None:
-        """Seed the generators in the kernel process, and wait until it says that it has.
+    @contextlib.contextmanager
+    def reseeding(self, seed: bytes, *, clone: bool) -> Iterator[None]:
+        """Seed the generators in the kernel process; at the end of the context it has said that they are.
+
+        That process has a CPU of its own for it where there is one.
 
         Args:
             seed: what from.
@@ -203,9 +206,15 @@ class PythonKernel:
             try:
                 run.line.settimeout(RESEED_TIMEOUT_S)
                 run.line.sendall(json.dumps({"reseed": seed.hex(), "clone": clone}).encode() + b"\n")
-                answer = json.loads(run.answers.readline(4096))
-            except (OSError, ValueError) as error:
-                raise RpcError(f"the Python kernel did not confirm its new seeds: {error}") from error
+            except OSError as error:
+                raise _not_confirmed(error) from error
+            try:
+                yield
+            finally:
+                try:
+                    answer = json.loads(run.answers.readline(4096))
+                except (OSError, ValueError) as error:
+                    raise _not_confirmed(error) from error
         if not isinstance(answer, dict) or answer.get("reseeded") is not True:
             raise RpcError("the Python kernel could not be reseeded")
 
@@ -311,6 +320,10 @@ class PythonKernel:
             return False
         self._restarted.append(now)
         return True
+
+
+def _not_confirmed(error: Exception) -> RpcError:
+    return RpcError(f"the Python kernel did not confirm its new seeds: {error}")
 
 
 def _is_variable(item: tuple[str, Any]) -> bool:

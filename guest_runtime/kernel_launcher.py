@@ -253,6 +253,11 @@ def main() -> None:
     _make_output_wait(app)
     _explain_host_magics(app.shell)
     _Interrupts(app)
+    if "_ssl" in sys.modules:
+        import ssl
+
+        # OpenSSL sets its generator up when it is first used. In a template that is done once; then seeds are mixed into it.
+        ssl.RAND_bytes(1)
     # What is imported now stays: the collector need not touch it, so machines that share these pages go on sharing them.
     gc.collect()
     gc.freeze()

@@ -56,13 +56,13 @@ class Powers:
         # The first half is for the kernel alone: what Python is seeded with can be read by the user's code.
         half = len(seed) // 2
         identity.reseed_kernel(seed[:half])
-        identity.set_clock(time_ns)
-        identity.set_hostname(hostname)
-        identity.set_machine_id(machine_id)
-        identity.renew_boot_id()
-        if reseed:
-            identity.drop_connections()
-        self._agent.kernel.reseed(seed[half:], clone=reseed)
+        with self._agent.kernel.reseeding(seed[half:], clone=reseed):
+            identity.set_clock(time_ns)
+            identity.set_hostname(hostname)
+            identity.set_machine_id(machine_id)
+            identity.renew_boot_id()
+            if reseed:
+                identity.drop_connections()
         # For an agent that is started again, too.
         identity.replace(SECRET, new_secret, 0o600)
         self._agent.set_secret(new_secret)
@@ -82,10 +82,12 @@ class Powers:
         seed = _decode(entropy, "entropy", 64 if new_secret else 32)
         half = len(seed) // 2
         identity.reseed_kernel(seed[:half])
-        identity.set_clock(time_ns)
-        if new_secret:
+        if not new_secret:
+            identity.set_clock(time_ns)
+        else:
             # What was drawn after the snapshot was taken must not be drawn again, such as keys and nonces of TLS.
-            self._agent.kernel.reseed(seed[half:], clone=False)
+            with self._agent.kernel.reseeding(seed[half:], clone=False):
+                identity.set_clock(time_ns)
             identity.replace(SECRET, new_secret, 0o600)
             self._agent.set_secret(new_secret)
         return {"entropy": True, "time": True, "secret": bool(new_secret)}

@@ -31,6 +31,7 @@ from agentvm_kernel.paths import state_dir
 
 if TYPE_CHECKING:
     from agentvm_kernel.jupyter.magics.engine import HostCells
+    from agentvm_kernel.sandbox.head_start import HeadStart
 
 log = get_logger(__name__)
 
@@ -380,18 +381,23 @@ def _ending(params: dict[str, Any]) -> str:
     return f"was killed by {name}" + (", as happens when memory runs out" if name == "SIGKILL" else "")
 
 
-def _default_backend() -> Backend:
+def _default_backend(head_start: "HeadStart | None") -> Backend:
     from agentvm_kernel.jupyter import local_runtime
 
     if os.environ.get(local_runtime.VARIABLE) == "1":
         return local_runtime.LocalBackend()
     from agentvm_kernel.jupyter.machine_backend import MachineBackend
 
-    return MachineBackend()
+    return MachineBackend(head_start)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a kernel; return the exit code of the process."""
+def main(arguments: Sequence[str] | None = None, *, head_start: "HeadStart | None" = None) -> int:
+    """Run a kernel; return the exit code of the process.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+        head_start: may have a machine already.
+    """
     named = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     path = named or connection_file.runtime_dir() / f"kernel-{os.getpid()}.json"
     is_ours = not path.exists()
@@ -401,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sockets = ClientSockets(info)
     except AgentVMError as error:
         print(f"agentvm: {error}", file=sys.stderr)
+        if head_start is not None:
+            head_start.drop()
         return EXIT_UNUSABLE
     announcement = "" if named else f"To connect: jupyter console --existing {path.name}\nTo end the kernel: Ctrl-\\"
     try:
@@ -408,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             connection_file.save(path, sockets.info)
         # Not asyncio.run: it would wait for threads that boot a machine which nobody wants any more.
         code, threads_left = asyncio.new_event_loop().run_until_complete(
-            _serve(sockets, session, path.stem, announcement)
+            _serve(sockets, session, path.stem, announcement, head_start)
         )
         sockets.close()
     finally:
@@ -422,8 +430,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-async def _serve(sockets: ClientSockets, session: Session, name: str, announcement: str) -> tuple[int, bool]:
-    app = KernelApp(sockets, session, _default_backend(), name)
+async def _serve(
+    sockets: ClientSockets, session: Session, name: str, announcement: str, head_start: "HeadStart | None"
+) -> tuple[int, bool]:
+    app = KernelApp(sockets, session, _default_backend(head_start), name)
     app.start()
     if announcement:
         print(announcement, flush=True)

@@ -21,6 +21,7 @@ from agentvm_kernel.image import store
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.sandbox import pool, templates
+from agentvm_kernel.sandbox.head_start import HeadStart
 from agentvm_kernel.sandbox.identity import connect_thawed, wake
 from agentvm_kernel.sandbox.settings import IdlePolicy, SandboxSettings
 from agentvm_kernel.transport.connection import GuestConnection, open_connection
@@ -48,12 +49,11 @@ class Lease:
         lost: resolves with a sentence saying what happened, when the machine or the connection to it is gone.
     """
 
-    def __init__(self, hypervisor: Hypervisor, machine: Machine, connection: GuestConnection) -> None:
+    def __init__(self, machine: Machine, connection: GuestConnection) -> None:
         self.machine = machine
         self.idle = IdlePolicy()
         self.connection = connection
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._hypervisor = hypervisor
         self._released = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.in_background(self._watch_connection())
@@ -126,17 +126,28 @@ class Lease:
         await asyncio.to_thread(self.machine.release)
 
 
-async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = None) -> Lease:
+async def acquire(
+    settings: SandboxSettings, *, on_progress: Progress | None = None, head_start: HeadStart | None = None
+) -> Lease:
     """Lease a machine that has an identity of its own and whose kernel answers: from the pool if one is ready, else a thawed one.
 
     Args:
         settings: image, profile, libvirt URI and time limits.
         on_progress: called with a short sentence at each stage.
+        head_start: may have a machine already.
 
     Raises:
         AgentVMError: no machine can be had; the message says why and what to do.
     """
     say = on_progress or (lambda _: None)
+    lease = await _from_head_start(head_start) if head_start is not None else None
+    if lease is None:
+        lease = await _acquire(settings, say)
+    lease.idle = settings.idle
+    return lease
+
+
+async def _acquire(settings: SandboxSettings, say: Progress) -> Lease:
     hypervisor = Hypervisor(settings.uri)
     image = await asyncio.to_thread(store.find, settings.image)
     lease = await _from_pool(hypervisor, image, settings.profile)
@@ -150,8 +161,33 @@ async def acquire(settings: SandboxSettings, *, on_progress: Progress | None = N
         lease = await templates.use(
             hypervisor, image, settings.profile, thawed, timeout_s=settings.boot_timeout_s, on_progress=say
         )
-        asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
-    lease.idle = settings.idle
+        _reap_later(hypervisor)
+    return lease
+
+
+def _reap_later(hypervisor: Hypervisor) -> None:
+    asyncio.get_running_loop().call_later(REAP_AFTER_S, spawn_releaser, None, hypervisor.uri)
+
+
+async def _from_head_start(head_start: HeadStart) -> Lease | None:
+    """Lease the machine that was begun before; None where there is none or it does not work out, and another one has to be found."""
+    taking = asyncio.ensure_future(asyncio.to_thread(head_start.take))
+    try:
+        taken = await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        taking.add_done_callback(_release_taken)
+        raise
+    if taken is None:
+        return None
+    machine, pooled = taken
+    try:
+        if pooled:
+            return await _take(machine)
+        lease = await _lease_thawed(machine, reseed=True)
+    except (AgentVMError, OSError) as error:
+        log.warning("head_start_lost", machine=machine.name, error=str(error))
+        return None
+    _reap_later(machine.hypervisor)
     return lease
 
 
@@ -173,19 +209,19 @@ async def from_snapshot(
     Raises:
         AgentVMError: it cannot be thawed or does not confirm its identity.
     """
-    thawing = asyncio.ensure_future(asyncio.to_thread(_thaw_running, hypervisor, snapshot, spare))
+    thawing = asyncio.ensure_future(asyncio.to_thread(_machine_of, hypervisor, snapshot, spare))
     try:
         machine = await asyncio.shield(thawing)
     except asyncio.CancelledError:
         # The thread goes on, and nobody will know of its machine.
         thawing.add_done_callback(_release_unwanted)
         raise
-    try:
-        connection = await connect_thawed(machine, reseed=reseed, timeout_s=THAW_TIMEOUT_S)
-    except BaseException:
-        await asyncio.to_thread(machine.release)
-        raise
-    return Lease(hypervisor, machine, connection)
+    return await _lease_thawed(machine, reseed=reseed)
+
+
+async def _lease_thawed(machine: Machine, *, reseed: bool) -> Lease:
+    connection = await _start(machine, connect_thawed(machine, reseed=reseed, timeout_s=THAW_TIMEOUT_S))
+    return Lease(machine, connection)
 
 
 async def _from_pool(hypervisor: Hypervisor, image: Image, profile: str) -> Lease | None:
@@ -193,56 +229,65 @@ async def _from_pool(hypervisor: Hypervisor, image: Image, profile: str) -> Leas
     key = pool.key(image, profile, hypervisor.uri)
     while (name := pool.claim(key)) is not None:
         try:
-            return await _take(hypervisor, name)
+            return await _take(await asyncio.to_thread(Machine.attach, hypervisor, name))
         except (AgentVMError, OSError) as error:
             log.warning("pooled_machine_unusable", machine=name, error=str(error))
             await asyncio.to_thread(spawn_releaser, name, hypervisor.uri)
     return None
 
 
-async def _take(hypervisor: Hypervisor, name: str) -> Lease:
-    machine = await asyncio.to_thread(_attach_running, hypervisor, name)
-    connection = await _connect(machine)
+async def _take(machine: Machine) -> Lease:
+    connection = await _start(machine, _connect_pooled(machine))
+    lease = Lease(machine, connection)
+    lease.in_background(asyncio.to_thread(machine.update_tags, owner=Owner.current(), state="leased"))
+    return lease
+
+
+async def _connect_pooled(machine: Machine) -> GuestConnection:
+    connection = await open_connection(machine.address, machine.secret, timeout_s=THAW_TIMEOUT_S)
     try:
         # It has had an identity of its own since it was prepared; only its clock stood still.
         await wake(connection, machine)
     except BaseException:
         await connection.close()
-        await asyncio.to_thread(machine.release)
         raise
-    lease = Lease(hypervisor, machine, connection)
-    lease.in_background(asyncio.to_thread(machine.update_tags, owner=Owner.current(), state="leased"))
-    return lease
+    return connection
 
 
-async def _connect(machine: Machine) -> GuestConnection:
+async def _start(machine: Machine, connecting: Coroutine[Any, Any, GuestConnection]) -> GuestConnection:
+    """Let a paused machine run and connect to it at the same time: what we say first waits for it. Where either fails, it is released."""
+    connection = asyncio.ensure_future(connecting)
+    resumed = asyncio.ensure_future(asyncio.to_thread(_resume, machine))
     try:
-        return await open_connection(machine.address, machine.secret, timeout_s=THAW_TIMEOUT_S)
+        await asyncio.gather(resumed, connection)
+        return connection.result()
     except BaseException:
+        connection.cancel()
+        # A thread cannot be cancelled, and what it does must not come after the end.
+        await asyncio.wait({resumed, connection})
+        if not connection.cancelled() and connection.exception() is None:
+            await connection.result().close()
         await asyncio.to_thread(machine.release)
         raise
 
 
-def _attach_running(hypervisor: Hypervisor, name: str) -> Machine:
-    machine = Machine.attach(hypervisor, name)
-    if machine.state is MachineState.PAUSED:
+def _resume(machine: Machine) -> None:
+    if machine.state is not MachineState.RUNNING:
         machine.resume()
-    return machine
+
+
+def _machine_of(hypervisor: Hypervisor, snapshot: Snapshot, spare: Machine | None) -> Machine:
+    return spare or thaw(hypervisor, snapshot)
+
+
+def _release_taken(taking: "asyncio.Future[tuple[Machine, bool] | None]") -> None:
+    if not taking.cancelled() and taking.exception() is None and (taken := taking.result()) is not None:
+        taken[0].release()
 
 
 def _release_unwanted(thawing: "asyncio.Future[Machine]") -> None:
     if not thawing.cancelled() and thawing.exception() is None:
         thawing.result().release()
-
-
-def _thaw_running(hypervisor: Hypervisor, snapshot: Snapshot, spare: Machine | None) -> Machine:
-    machine = spare or thaw(hypervisor, snapshot)
-    try:
-        machine.resume()
-    except BaseException:
-        machine.release()
-        raise
-    return machine
 
 
 async def _wait_for_room(timeout_s: float, say: Progress) -> None:

@@ -26,7 +26,8 @@ pytestmark = [
 
 SPEC = 'name = "tiny"\ndisk_gib = 1\n'
 BUILDER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background of a shell
 from pathlib import Path
 from agentvm_kernel.image.build import build_image
 from agentvm_kernel.image.spec import load_spec
