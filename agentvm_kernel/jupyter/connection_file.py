@@ -5,12 +5,16 @@
 import json
 import os
 import secrets
+import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agentvm_kernel.errors import ConfigError
 
+BACKLOG = 100
+"""As many connections may wait to be accepted as with ZeroMQ."""
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 
 
@@ -118,3 +122,45 @@ def resolve(name: str) -> Path:
     if path.is_absolute() or path.exists() or path.parent != Path("."):
         return path.absolute()
     return runtime_dir() / path
+
+
+def parse_arguments(arguments: Sequence[str]) -> Path | None:
+    """Return the connection file that the client named, or None.
+
+    Clients append arguments meant for ipykernel (`--HistoryManager.hist_file=…`); all but the connection file are
+    ignored.
+    """
+    names = ("-f", "--f", "--connection-file", "--connection_file", "--IPKernelApp.connection_file")
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            if not equals:
+                value = arguments[number + 1] if number + 1 < len(arguments) else ""
+            return resolve(value) if value else None
+        if argument.startswith("-f"):
+            return resolve(argument[2:])
+    return None
+
+
+def listen(info: ConnectionInfo) -> dict[str, socket.socket]:
+    """Listen on the TCP ports that a connection file names, by channel, before ZeroMQ is even imported; it takes the sockets over later.
+
+    A client that finds nobody there looks again every tenth of a second, and so would find us late. Where a port is not to be had, there
+    is no socket for it: ZeroMQ tries again and says why.
+    """
+    listening: dict[str, socket.socket] = {}
+    if info.transport != "tcp":
+        return listening
+    for channel in CHANNELS:
+        if not info.port(channel):
+            continue
+        one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((info.ip, info.port(channel)))
+            one.listen(BACKLOG)
+        except OSError:
+            one.close()
+        else:
+            listening[channel] = one
+    return listening

@@ -11,11 +11,11 @@ Imports nothing heavy: this is on the path of every kernel start.
 import asyncio
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentvm_kernel.errors import AgentVMError, MachineError, MachineLost
@@ -51,24 +51,6 @@ THREADS_TIMEOUT_S = 0.2
 SUBSCRIBER_TIMEOUT_S = 1.0
 # Not while a first cell wants the CPUs, and long before anybody deletes the snapshots of a process that is gone.
 ADOPT_AFTER_S = 20.0
-
-
-def parse_arguments(arguments: Sequence[str]) -> Path | None:
-    """Return the connection file that the client named, or None.
-
-    Clients append arguments meant for ipykernel (`--HistoryManager.hist_file=…`); all but the connection file are
-    ignored.
-    """
-    names = ("-f", "--f", "--connection-file", "--connection_file", "--IPKernelApp.connection_file")
-    for number, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in names:
-            if not equals:
-                value = arguments[number + 1] if number + 1 < len(arguments) else ""
-            return connection_file.resolve(value) if value else None
-        if argument.startswith("-f"):
-            return connection_file.resolve(argument[2:])
-    return None
 
 
 class KernelApp:
@@ -391,20 +373,26 @@ def _default_backend(head_start: "HeadStart | None") -> Backend:
     return MachineBackend(head_start)
 
 
-def main(arguments: Sequence[str] | None = None, *, head_start: "HeadStart | None" = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    head_start: "HeadStart | None" = None,
+    listening: Mapping[str, socket.socket] | None = None,
+) -> int:
     """Run a kernel; return the exit code of the process.
 
     Args:
         arguments: of the command line; None takes those of the process.
         head_start: may have a machine already.
+        listening: by channel, sockets that listen already where the connection file says.
     """
-    named = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    named = connection_file.parse_arguments(sys.argv[1:] if arguments is None else arguments)
     path = named or connection_file.runtime_dir() / f"kernel-{os.getpid()}.json"
     is_ours = not path.exists()
     try:
         info = connection_file.new_info() if is_ours else connection_file.load(path)
         session = Session(info.key.encode(), info.signature_scheme)
-        sockets = ClientSockets(info)
+        sockets = ClientSockets(info, listening or {})
     except AgentVMError as error:
         print(f"agentvm: {error}", file=sys.stderr)
         if head_start is not None:

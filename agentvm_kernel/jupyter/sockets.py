@@ -8,8 +8,9 @@ trip crosses here six times. Imports zmq and nothing heavier.
 
 import asyncio
 import errno
+import socket as tcp
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class ClientSockets:
 
     Args:
         info: where to bind; ports that are 0 are chosen.
+        listening: by channel, sockets that listen there already; they are taken over.
 
     Attributes:
         info: as given, with the ports that were chosen.
@@ -96,8 +98,9 @@ class ClientSockets:
         HostError: an address is in use or not ours.
     """
 
-    def __init__(self, info: ConnectionInfo) -> None:
+    def __init__(self, info: ConnectionInfo, listening: Mapping[str, tcp.socket] | None = None) -> None:
         self.info = info
+        self._listening = dict(listening or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # The heartbeat has a context of its own: its thread never needs the interpreter lock, whatever the rest does.
         self._heartbeat_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -198,6 +201,8 @@ class ClientSockets:
         return socket
 
     def _bind_to_port(self, socket: "zmq.Socket[bytes]", channel: str) -> None:
+        if (listening := self._listening.pop(channel, None)) is not None:
+            socket.setsockopt(zmq.USE_FD, listening.detach())
         if self.info.port(channel):
             socket.bind(self.info.url(channel))
         elif self.info.transport == "tcp":

@@ -19,7 +19,7 @@ from agentvm_kernel.hypervisor.machine import Machine
 from agentvm_kernel.hypervisor.memory import content_digest
 from agentvm_kernel.hypervisor.snapshot import Snapshot, list_all
 from agentvm_kernel.hypervisor.thaw import thaw
-from agentvm_kernel.sandbox import templates
+from agentvm_kernel.sandbox import template_store, templates
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_templates_that_an_update_left_behind_go_after_a_while(use, boots):
     (first.folder / "snapshot.json").write_bytes(first.to_json())
     use().destroy()
     second = next(one for one in list_all() if one.id != first.id)
-    old = {"qemu": "1.0", "created": second.created - 2 * templates.OUTDATED_S}
+    old = {"qemu": "1.0", "created": second.created - 2 * template_store.OUTDATED_S}
     for one in (first, second):
         (one.folder / "snapshot.json").write_bytes(replace(one, **old).to_json())
     holder = use()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from agentvm_kernel.jupyter import connection_file
-from agentvm_kernel.jupyter.kernel_app import EXIT_UNUSABLE, parse_arguments
+from agentvm_kernel.jupyter.connection_file import parse_arguments
+from agentvm_kernel.jupyter.kernel_app import EXIT_UNUSABLE
 
 HEAVY = (
     "jupyter_client",
