@@ -43,10 +43,11 @@ def boot_machine(
         HostError: QEMU, libvirt or a permission is missing.
     """
     from agentvm_kernel.hypervisor import internal, mechanism
-    from agentvm_kernel.hypervisor.domain_xml import DomainSpec, build
+    from agentvm_kernel.hypervisor.domain_xml import CMDLINES, DomainSpec, build
     from agentvm_kernel.hypervisor.profiles import get_profile
     from agentvm_kernel.hypervisor.qcow2 import create_overlay
-    from agentvm_kernel.image.initramfs import machine_initrd, runtime_digest
+    from agentvm_kernel.image.initramfs import machine_initrd
+    from agentvm_kernel.image.runtime import runtime_digest
     from agentvm_kernel.transport.host import vsock_available
 
     size = get_profile(profile)
@@ -90,6 +91,7 @@ def boot_machine(
             accelerator=kind,
             kernel=image.kernel,
             initrd=files.initrd,
+            cmdline=CMDLINES[kind],
             disk=files.overlay,
             serial_log=files.serial_log,
             guest_socket=None if use_vsock else files.guest_socket,

@@ -30,6 +30,9 @@ MEMORY_ID = "agentvm-memory"
 """Id of the memory back end. It names the RAM block in the migration stream, so a template and its clones share it."""
 CMDLINE = "console=ttyS0 panic=-1 quiet mitigations=off"
 """mitigations=off: what runs in the guest is one user's; the border that counts is the machine's."""
+CMDLINES = {"kvm": CMDLINE, "tcg": f"{CMDLINE} norandmaps"}
+"""By accelerator. norandmaps: with libraries where they always are, processes share what the emulator has translated of them. All clones of
+a template have the same layout anyway."""
 TB_CACHE_MIB = 256
 """Room for translated code under emulation; QEMU would take up to 1 GiB per machine."""
 

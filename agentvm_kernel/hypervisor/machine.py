@@ -5,7 +5,6 @@ asyncio code runs them in threads. The kernel process imports this module.
 """
 
 import os
-import secrets
 import subprocess
 import sys
 import threading
@@ -46,6 +45,7 @@ class Machine:
         tags: its metadata, as last written.
         overlay: its current disk layer.
         memory_of: id of the snapshot whose memory file it maps; empty after a cold boot.
+        limits_due: it gets its limits as soon as it runs (see `set_limits`).
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Machine:
         self.tags = tags
         self.overlay = files.overlay
         self.memory_of = tags.template
+        self.limits_due = False
         self._secret = secret
         self._cid: int | None = None
         self._state = MachineState.DEFINED
@@ -230,6 +231,9 @@ class Machine:
         with self.hypervisor.errors(f"resuming machine {self.name}"):
             self.domain.resume()
         self.wait_for(MachineState.RUNNING, EVENT_TIMEOUT_S)
+        if self.limits_due:
+            self.limits_due = False
+            self.set_limits()
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
         """Press the power button and wait until the guest has shut down by itself.
@@ -458,7 +462,7 @@ class Machine:
 
 def new_name() -> str:
     """Return a name for a machine that nobody named."""
-    return f"agentvm-{secrets.token_hex(4)}"
+    return f"agentvm-{os.urandom(4).hex()}"
 
 
 def spawn_releaser(name: str | None, uri: str) -> None:

@@ -9,7 +9,6 @@ Which of the two works is tried once with an empty machine and remembered. The k
 
 import json
 import os
-import secrets
 import time
 import uuid
 import xml.etree.ElementTree as ElementTree
@@ -151,7 +150,7 @@ def _try_plain(hypervisor: Hypervisor) -> None:
 def _empty_machine(hypervisor: Hypervisor) -> "Machine":
     from agentvm_kernel.hypervisor.machine import Machine
 
-    files = MachineFiles.of(f"agentvm-probe-{secrets.token_hex(4)}")
+    files = MachineFiles.of(f"agentvm-probe-{os.urandom(4).hex()}")
     files.claim()
     hardware = Hardware(
         profile="probe",

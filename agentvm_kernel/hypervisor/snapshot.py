@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -202,7 +201,7 @@ def layer_path(layer: str) -> Path:
 
 def new_id() -> str:
     """Return an id for a snapshot or a layer."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def load(snapshot_id: str) -> Snapshot:
@@ -236,7 +235,7 @@ def list_all() -> list[Snapshot]:
 def differences(hypervisor: Hypervisor, snapshot: Snapshot) -> list[str]:
     """Return in words what keeps `snapshot` from being thawed here; empty when nothing does."""
     from agentvm_kernel.hypervisor import mechanism
-    from agentvm_kernel.image.initramfs import runtime_digest
+    from agentvm_kernel.image.runtime import runtime_digest
 
     found = []
     qemu = version_text(hypervisor.qemu_version)

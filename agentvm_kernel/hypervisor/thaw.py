@@ -93,8 +93,7 @@ def thaw(
             apply_to_process([one.delta for one in above], pid, find_mappings(pid, base.memory))
         filled = time.monotonic()
         load_devices(machine, snapshot.state.read_bytes())
-        loaded = time.monotonic()
-        machine.set_limits()
+        machine.limits_due = True  # while its host already connects
         log.debug(
             "machine_thawed",
             machine=machine.name,
@@ -102,8 +101,7 @@ def thaw(
             prepare_ms=round((prepared - began) * 1000),
             create_ms=round((created - prepared) * 1000),
             memory_ms=round((filled - created) * 1000),
-            load_ms=round((loaded - filled) * 1000),
-            limits_ms=round((time.monotonic() - loaded) * 1000),
+            load_ms=round((time.monotonic() - filled) * 1000),
         )
     except PermissionError as error:
         machine.destroy()

@@ -8,13 +8,12 @@ import hashlib
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from importlib import resources
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from agentvm_kernel.errors import ImageError
+from agentvm_kernel.image.runtime import runtime_files
 from agentvm_kernel.image.store import Image
 
 # What a guest needs before its root file system is mounted, and what would need a modprobe later. virtio_ring comes
@@ -124,18 +123,9 @@ def machine_initrd(image: Image, boot: dict[str, Any], secret: bytes) -> bytes:
         ("agentvm/boot.json", 0o100600, json.dumps(boot).encode()),
         ("agentvm/lib", 0o40755, b""),
         ("agentvm/lib/guest_runtime", 0o40755, b""),
-        *((f"agentvm/lib/guest_runtime/{name}", 0o100644, data) for name, data in _runtime_files()),
+        *((f"agentvm/lib/guest_runtime/{name}", 0o100644, data) for name, data in runtime_files()),
     ]
     return image.initramfs.read_bytes() + cpio(own)
-
-
-@lru_cache(maxsize=1)
-def runtime_digest() -> str:
-    """Return the SHA-256 of what a machine runs beside its image: the guest runtime. Templates depend on it."""
-    digest = hashlib.sha256()
-    for name, data in _runtime_files():
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    return digest.hexdigest()
 
 
 def init_digest() -> str:
@@ -144,13 +134,7 @@ def init_digest() -> str:
 
 
 def _init_script() -> bytes:
-    return (resources.files(__package__) / "init.sh").read_bytes()
-
-
-def _runtime_files() -> Iterator[tuple[str, bytes]]:
-    files = {item.name: item for item in resources.files("guest_runtime").iterdir() if item.name.endswith(".py")}
-    for name in sorted(files):
-        yield name, files[name].read_bytes()
+    return Path(__file__).with_name("init.sh").read_bytes()
 
 
 def _module_name(path: str) -> str:

@@ -4,7 +4,6 @@
 
 import json
 import os
-import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -103,7 +102,7 @@ def save(path: Path, info: ConnectionInfo) -> None:
 
 def new_info() -> ConnectionInfo:
     """Return information with a fresh key and no ports yet."""
-    return ConnectionInfo(key=secrets.token_hex(32))
+    return ConnectionInfo(key=os.urandom(32).hex())
 
 
 def runtime_dir() -> Path:

@@ -23,7 +23,7 @@ from agentvm_kernel import paths
 from agentvm_kernel.errors import ConfigError
 from agentvm_kernel.hypervisor import accelerator
 from agentvm_kernel.hypervisor.files import CLAIMED, READY, machines_dir, write_atomically
-from agentvm_kernel.image.initramfs import runtime_digest
+from agentvm_kernel.image.runtime import runtime_digest
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.transport.host import vsock_available
 

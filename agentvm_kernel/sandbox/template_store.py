@@ -10,7 +10,7 @@ from agentvm_kernel.hypervisor import accelerator, mechanism
 from agentvm_kernel.hypervisor.connection import Hypervisor
 from agentvm_kernel.hypervisor.memory import sources
 from agentvm_kernel.hypervisor.snapshot import Snapshot, differences, list_all
-from agentvm_kernel.image.initramfs import runtime_digest
+from agentvm_kernel.image.runtime import runtime_digest
 from agentvm_kernel.image.store import Image
 from agentvm_kernel.log import get_logger
 from agentvm_kernel.transport.host import vsock_available
