@@ -16,7 +16,7 @@ from agentvm_kernel.sandbox import pool
 
 log = get_logger(__name__)
 
-AFTER_S = 1.0
+AFTER_S = 0.25
 """A cell that follows a snapshot or a restore has the CPUs to itself for this long."""
 KEPT_S = 900.0
 """So long a spare machine waits to be used."""

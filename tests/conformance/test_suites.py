@@ -5,8 +5,11 @@ and with real machines, which `make conformance` adds.
 """
 
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import suites
@@ -47,27 +50,44 @@ def disagreements(results: dict[str, Result], exceptions: dict[str, Known]) -> d
     return problems
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("suite", [IPYKERNEL, NBCLIENT], ids=lambda suite: suite.project)
-def test_suite(suite: Suite, runtime: str, tmp_path: Path) -> None:
-    environ = suites.environment(tmp_path, local=runtime == "local")
-    if runtime == "machine":
-        build_template(tmp_path)
+def run(suite: Suite, runtime: str, folder: Path) -> dict[str, Result]:
+    """Run a suite; what is not as known once more, alone: some cases allow a tenth of a second for something."""
+    environ = suites.environment(folder, local=runtime == "local")
     limits = {"case_timeout_s": 60 if runtime == "local" else 300, "timeout_s": 2000}
     results = suites.run(suite, environ, **limits)
     print(f"{suite.project} {suite.version}, {runtime}: {count(results)}")
-    exceptions = known(suite, runtime)
-    wrong = disagreements(results, exceptions)
+    wrong = disagreements(results, known(suite, runtime))
     if again := [case for case in wrong if case in results]:
-        # Some cases allow a tenth of a second for something, and a busy computer takes longer now and then.
         print(f"once more: {wrong}")
         results |= suites.run(suite, environ, again, **limits)
-    assert disagreements(results, exceptions) == {}
+    return results
+
+
+@pytest.fixture(scope="module")
+def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The results with local processes, by project, to wait for: these suites wait more than they work, so they run side by side."""
+    wanted = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [one["suite"] for one in wanted if one.get("runtime") == "local" and "suite" in one]
+    with ThreadPoolExecutor(len(chosen)) as threads:
+        yield {suite.project: threads.submit(run, suite, "local", tmp_path_factory.mktemp("suite")) for suite in chosen}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("suite", [IPYKERNEL, NBCLIENT], ids=lambda suite: suite.project)
+def test_suite(suite: Suite, runtime: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if runtime == "local":
+        results = request.getfixturevalue("local")[suite.project].result()
+    else:
+        build_template(tmp_path / "template")
+        results = run(suite, runtime, tmp_path)
+    assert disagreements(results, known(suite, runtime)) == {}
     assert len(results) == suite.cases
 
 
 def build_template(folder: Path) -> None:
     """Run one cell, since the suites do not wait for the template that the first machine of all is made of."""
+    folder.mkdir()
+    suites.environment(folder, local=False)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("JUPYTER_PATH", str(folder))
         manager = KernelManager(kernel_name="python3")
