@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,11 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import KernelManager
 
 from agentvm_kernel import paths
+from agentvm_kernel.hypervisor.connection import Hypervisor
+from agentvm_kernel.hypervisor.reap import reap
+from agentvm_kernel.image import store
+from agentvm_kernel.sandbox.settings import SandboxSettings
+from agentvm_kernel.sandbox.template_store import find_sound
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -291,6 +298,58 @@ def test_a_machine_killed_while_it_is_put_back_costs_nothing(book: Book) -> None
     assert reply["status"] == "error", reply
     assert book.value("precious") == "yes"
     assert book.machine() == before
+
+
+@pytest.fixture
+def small_disk(book: Book, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder on a disk of its own, with the template that the other tests use."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    with Hypervisor() as hypervisor:
+        template = find_sound(hypervisor, store.find("default"), SandboxSettings().profile)
+    assert template is not None
+    folder = Path(tempfile.mkdtemp(prefix="agentvm-disk", dir="/var/tmp"))
+    folder.chmod(0o711)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3g,mode=0711", "none", str(folder)], check=True)
+    try:
+        for source in (template.folder, template.disk):
+            target = folder / source.parent.name
+            target.mkdir(mode=0o711, exist_ok=True)
+            subprocess.run(["cp", "-a", "--sparse=always", str(source), str(target)], check=True)
+        monkeypatch.setenv("AGENTVM_STATE_DIR", str(folder))
+        yield folder
+        with Hypervisor() as hypervisor:
+            reap(hypervisor)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+def leave_free(disk: Path, megabytes: int) -> None:
+    """Fill a disk but for so much."""
+    with (disk / "filler").open("w") as file:
+        free = shutil.disk_usage(disk).free
+        os.posix_fallocate(file.fileno(), 0, free - megabytes * 1_000_000)
+
+
+def test_a_disk_that_fills_up_during_a_snapshot(small_disk: Path) -> None:
+    with opened() as book:
+        assert book.run("import numpy as np\nkept = np.arange(50_000_000)")["status"] == "ok"
+        before = {path.name for path in (small_disk / "snapshots").iterdir()}
+        leave_free(small_disk, 320)  # enough to begin with
+        reply = book.run("%snapshot large")
+        assert (reply["status"], reply["ename"]) == ("error", "HostError")
+        assert "No space left" in reply["evalue"]
+        assert "runs on" in reply["evalue"]
+        assert {path.name for path in (small_disk / "snapshots").iterdir()} == before
+        leave_free(small_disk, 100)
+        assert "MiB of disk are free" in book.run("%snapshot large")["evalue"]
+        assert book.value("int(kept.sum())") == str(sum(range(50_000_000)))
+        (small_disk / "filler").unlink()
+        assert book.run("%snapshot large")["status"] == "ok", book.text()
+        book.run("kept = None")
+        assert book.run("%restore large")["status"] == "ok", book.text()
+        assert book.value("int(kept[-1])") == "49999999"
 
 
 def test_a_restarted_kernel_finds_its_snapshots(book: Book) -> None:
