@@ -42,6 +42,8 @@ log = get_logger(__name__)
 MAX_STATE = 64 << 20
 """More than any device state of ours; QEMU is not trusted to fill the host's memory."""
 DISK = "vda"
+MAX_DELTAS = 16
+"""So many deltas may lie on top of a memory file."""
 
 
 def freeze_template(machine: Machine) -> Snapshot:
@@ -198,12 +200,13 @@ def _stand_still(machine: Machine, capture: Capture, switch_disk: Callable[[], N
 def _parent(hypervisor: Hypervisor, after: str, base: Snapshot) -> tuple[Snapshot, list[Snapshot]]:
     """Return the snapshot to write a delta against, and what comes on top of the memory of `base` there, newest first.
 
-    What came before in the history has most pages in common, but it must rest on the same memory file.
+    What came before in the history has most pages in common, but it must rest on the same memory file. After many of those a delta is
+    written against the memory file again, or else each restore would have to look through all of them.
     """
     try:
         before = load(after)
         rests_on, above = sources(hypervisor, before)
-        if rests_on.id == base.id:
+        if rests_on.id == base.id and len(above) < MAX_DELTAS:
             return before, above
     except SnapshotError as error:
         log.debug("no_parent", snapshot=after, error=str(error))

@@ -15,10 +15,11 @@ import pytest
 
 from agentvm_kernel import Sandbox
 from agentvm_kernel.errors import AgentVMError, ExecutionError, HostError, MachineLost, SnapshotError
-from agentvm_kernel.hypervisor import garbage
+from agentvm_kernel.hypervisor import garbage, memory
 from agentvm_kernel.hypervisor import snapshot as files
 from agentvm_kernel.hypervisor.disk import MAX_LAYERS, layers_under
 from agentvm_kernel.hypervisor.files import machines_dir
+from agentvm_kernel.hypervisor.freeze import MAX_DELTAS
 from agentvm_kernel.sandbox import snapshot_store
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
@@ -186,6 +187,27 @@ async def test_twenty_restores_and_histories_that_branch(sandbox):
     for name, wanted in (("c", "abc"), ("branch", "abx")):
         await sandbox.restore(name)
         assert await output(sandbox, "print(''.join(history))") == wanted
+
+
+async def test_a_chain_of_fifty_snapshots_stays_bounded(sandbox):
+    await output(sandbox, "import os; n = 0; held = bytearray(8 << 20)")
+    depths, layers = [], []
+    for number in range(50):
+        cell = f"n = {number}; held[n << 12] = n; open(f'file-{{n}}', 'w').write(str(n)); os.sync()"
+        await output(sandbox, cell)
+        made = await sandbox.snapshot(f"s{number}")
+        await sandbox.history.settled()
+        depths.append(len(memory.sources(sandbox.lease.machine.hypervisor, made)[1]))
+        layers.append(len(layers_under(sandbox.lease.machine)))
+    assert max(depths) == MAX_DELTAS
+    assert max(layers) <= MAX_LAYERS + 1
+    # Several of them are whole again; none is as large as the machine.
+    assert depths.count(1) >= 3
+    assert sum(one.size() for one in files.list_all() if one.session == sandbox.history.session) < 50 * (64 << 20)
+    for number in (0, 16, 33, 49):
+        await sandbox.restore(f"s{number}")
+        look = "print(n, sum(held[i << 12] for i in range(50)), sum(os.path.exists(f'file-{i}') for i in range(50)))"
+        assert await output(sandbox, look) == f"{number} {sum(range(number + 1))} {number + 1}"
 
 
 async def test_undo_goes_back_cell_by_cell(sandbox):
