@@ -1,5 +1,6 @@
 """A kernel with a real machine behind it: what it isolates, and that nothing is left behind however it ends."""
 
+import json
 import os
 import platform
 import signal
@@ -156,6 +157,22 @@ def test_a_killed_kernel_process_leaves_nothing_after_the_next_start() -> None:
     with notebook() as other:
         wait_until(lambda: not psutil.pid_exists(qemu) and not folder.exists(), timeout_s=60)
         other.run("pass", timeout_s=BOOT_S)
+
+
+def test_a_kernel_that_cannot_listen_gives_back_the_machine_that_it_has_begun_with(tmp_path: Path) -> None:
+    with notebook() as nb:
+        nb.run("pass", timeout_s=BOOT_S)  # so there is a template
+    machines = paths.state_dir() / "machines"
+    wait_until(lambda: not list(machines.iterdir()))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (tmp_path / "kernel.json").write_text(json.dumps({"shell_port": taken.getsockname()[1]}))
+        done = subprocess.run(
+            [sys.executable, "-m", "agentvm_kernel", "-f", str(tmp_path / "kernel.json")],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot listen" in done.stderr
+    wait_until(lambda: not list(machines.iterdir()))
 
 
 def test_killing_qemu_in_a_running_cell_is_reported_and_the_next_cell_gets_a_fresh_machine(fresh: Notebook) -> None:

@@ -50,6 +50,30 @@ def test_a_taken_tcp_port_is_an_error_that_names_it():
             ClientSockets(ConnectionInfo(iopub_port=port))
 
 
+async def test_a_client_that_comes_before_zeromq_is_served_once_that_is_there(context):
+    first = ClientSockets(ConnectionInfo())
+    info = first.info
+    first.close()
+    listening = connection_file.listen(info)
+    assert set(listening) == set(CHANNELS)
+    early = context.socket(zmq.DEALER)
+    early.linger = 0
+    early.connect(info.url("shell"))
+    await early.send_multipart([b"early"])
+    sockets = ClientSockets(info, listening)
+    arrived = asyncio.get_running_loop().create_future()
+    sockets.start(lambda channel, frames: arrived.set_result((channel, frames[1:])), lambda topic: None)
+    assert await asyncio.wait_for(arrived, 5) == ("shell", [b"early"])
+    sockets.close()
+
+
+def test_where_nobody_can_listen_early_it_is_left_to_zeromq(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert connection_file.listen(ConnectionInfo(shell_port=taken.getsockname()[1])) == {}
+    assert connection_file.listen(ConnectionInfo(transport="ipc", ip=str(tmp_path / "k"), shell_port=1)) == {}
+    assert connection_file.listen(ConnectionInfo(ip="no address", shell_port=1)) == {}
+
+
 def test_a_restarted_kernel_binds_the_same_ports(info):
     first = ClientSockets(info)
     first.close()
