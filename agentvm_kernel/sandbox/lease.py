@@ -115,15 +115,24 @@ class Lease:
 
     async def release(self) -> None:
         """Give the machine back: it is destroyed by a detached process, nobody waits for that."""
+        if self._let_go():
+            await self.connection.close()
+            await asyncio.to_thread(self.machine.release)
+
+    def discard(self) -> None:
+        """Give the machine back at once, where nobody can wait for anything; its connection ends with it."""
+        if self._let_go():
+            self.machine.release()
+
+    def _let_go(self) -> bool:
         if self._released:
-            return
+            return False
         self._released = True
         for task in self._tasks:
             task.cancel()
         if not self.lost.done():
             self.lost.set_result("the lease was released")
-        await self.connection.close()
-        await asyncio.to_thread(self.machine.release)
+        return True
 
 
 async def acquire(

@@ -84,7 +84,7 @@ class TimeTravel:
         async with self._lock:
             await asyncio.to_thread(snapshot_store.require_free, name, self.session)
             made = await self._freeze(lease, name, description, automatic)
-            self._spare.prepare(lease.machine.hypervisor, made)
+            self._spare.prepare(lease.machine.hypervisor, made, reseed=False)
             return made
 
     async def checkpoint(self, lease: Lease) -> Snapshot | None:
@@ -282,15 +282,9 @@ class TimeTravel:
     async def _thaw(self, snapshot: Snapshot, current: Lease | None) -> Lease:
         own = snapshot.session == self.session
         try:
-            spare = await self._spare.take(snapshot)
-            lease = await from_snapshot(
-                self._libvirt(current),
-                snapshot,
-                reseed=not own,
-                spare=spare,
-            )
-            if spare is not None:
-                lease.in_background(asyncio.to_thread(spare.update_tags, state="leased"))
+            lease = await self._spare.take(snapshot)
+            if lease is None:
+                lease = await from_snapshot(self._libvirt(current), snapshot, reseed=not own)
             if current is not None:
                 lease.idle = current.idle
         except OSError as error:
@@ -301,7 +295,7 @@ class TimeTravel:
         self._follow(lease.machine)
         self._here, self._untouched = snapshot.id, True
         if not snapshot.automatic:
-            self._spare.prepare(lease.machine.hypervisor, snapshot)
+            self._spare.prepare(lease.machine.hypervisor, snapshot, reseed=not own)
         return lease
 
     def _follow(self, machine: Machine) -> None:

@@ -136,7 +136,7 @@ def test_the_runtime_is_process_1_on_a_writable_root(
     tiny: store.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [("__init__.py", b""), ("init.py", PROBE.encode())]
-    monkeypatch.setattr(initramfs, "_runtime_files", lambda: iter(files))
+    monkeypatch.setattr(initramfs, "runtime_files", lambda: iter(files))
     (tmp_path / "initrd").write_bytes(initramfs.machine_initrd(tiny, {"a": 1}, b"secret"))
     overlay = tmp_path / "overlay.qcow2"
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(tiny.disk), "-F", "qcow2", str(overlay)]
