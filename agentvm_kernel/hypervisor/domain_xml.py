@@ -28,8 +28,9 @@ CPU_MODES = {"kvm": "host-passthrough", "tcg": "maximum"}
 CHANNEL_NAME = "org.agentvm.0"
 MEMORY_ID = "agentvm-memory"
 """Id of the memory back end. It names the RAM block in the migration stream, so a template and its clones share it."""
-CMDLINE = "console=ttyS0 panic=-1 quiet mitigations=off"
-"""mitigations=off: what runs in the guest is one user's; the border that counts is the machine's."""
+CMDLINE = "console=ttyS0 panic=-1 quiet mitigations=off transparent_hugepage=madvise"
+"""mitigations=off: what runs in the guest is one user's; the border that counts is the machine's. Huge pages only for those who ask for
+them, as numpy does: a clone has each page that it writes to itself, and a snapshot holds it."""
 CMDLINES = {"kvm": CMDLINE, "tcg": f"{CMDLINE} norandmaps"}
 """By accelerator. norandmaps: with libraries where they always are, processes share what the emulator has translated of them. All clones of
 a template have the same layout anyway."""
