@@ -24,6 +24,8 @@ class Reverting:
     async def __aenter__(self) -> "Reverting":
         settings = load_settings()
         self._hypervisor = await asyncio.to_thread(Hypervisor, settings.uri)
+        # With a memory limit libvirt would let QEMU lock that much when it reverts, which not every host allows it.
+        self._hypervisor.limits_refused = True
         image = await asyncio.to_thread(store.find, settings.image)
         self._machine = await asyncio.to_thread(boot_machine, self._hypervisor, image, settings.profile)
         try:
