@@ -162,8 +162,9 @@ def test_a_killed_kernel_process_leaves_nothing_after_the_next_start() -> None:
 def test_a_kernel_that_cannot_listen_gives_back_the_machine_that_it_has_begun_with(tmp_path: Path) -> None:
     with notebook() as nb:
         nb.run("pass", timeout_s=BOOT_S)  # so there is a template
-    machines = paths.state_dir() / "machines"
-    wait_until(lambda: not list(machines.iterdir()))
+        _, folder = nb.machine()
+    wait_until(lambda: not folder.exists())
+    before = set(folder.parent.iterdir())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         (tmp_path / "kernel.json").write_text(json.dumps({"shell_port": taken.getsockname()[1]}))
         done = subprocess.run(
@@ -172,7 +173,7 @@ def test_a_kernel_that_cannot_listen_gives_back_the_machine_that_it_has_begun_wi
         )  # fmt: skip
     assert done.returncode == 2
     assert "cannot listen" in done.stderr
-    wait_until(lambda: not list(machines.iterdir()))
+    wait_until(lambda: set(folder.parent.iterdir()) <= before)
 
 
 def test_killing_qemu_in_a_running_cell_is_reported_and_the_next_cell_gets_a_fresh_machine(fresh: Notebook) -> None:
