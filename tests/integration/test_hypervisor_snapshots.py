@@ -278,6 +278,18 @@ def test_where_qemus_memory_is_closed_to_us_a_file_is_built(template, thawed, hy
 
 
 @only_pass_through
+def test_a_libvirt_that_knows_nothing_of_the_capability_left_out_is_asked_without_it(
+    template, thawed, hypervisor, monkeypatch
+):
+    monkeypatch.setattr("agentvm_kernel.hypervisor.thaw.CPU_QUESTIONS", "no-such-capability")
+    for _ in range(2):
+        machine = thawed(template)
+        machine.resume()
+        assert _counts_on(machine, 0)
+        assert hypervisor.capabilities_refused
+
+
+@only_pass_through
 def test_hazard_8_a_changed_delta_is_noticed_with_and_without_its_digest(template, thawed):
     machine = thawed(template)
     machine.resume()
